@@ -8,6 +8,7 @@
   `UnavailableError` is printed, too, with exit code 1.
 - Once the reader of the output has gone, the command goes on silently to its own exit code: a
   check that is piped into `head` has the same result.
+- A name that the locale cannot spell is one line, too, with the setting that can.
 - Ctrl-C is one line and exit code 130. Any other exception is a bug and keeps its traceback.
 
 Alternatives considered:
@@ -16,6 +17,7 @@ Alternatives considered:
 """
 
 import argparse
+import difflib
 import functools
 import io
 import os
@@ -32,13 +34,47 @@ from k2train.errors import (
     UserError,
 )
 
+UNKNOWN = "unrecognized arguments"
+REQUIRED = "the following arguments are required"
+"""Begins of argparse's errors that an option with a wrong name leads to."""
+
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that reports an error as one line, without the usage text."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does; keeps the arguments, for advice in an error."""
+        self._given = [str(one) for one in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        """Print the error and exit."""
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see --help\n")
+        """Print the error, with what was probably meant, and exit."""
+        advice = self._advice() if message.startswith((UNKNOWN, REQUIRED)) else ""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}{advice}; see --help\n")
+
+    def _advice(self) -> str:
+        """Say what the first unknown option should have been; "" for none."""
+        options = self._option_string_actions
+        positionals = [action.dest for action in self._get_positional_actions()]
+        before_dashes = (
+            self._given[: self._given.index("--")] if "--" in self._given else self._given
+        )
+        for number, text in enumerate(before_dashes):
+            name, equals, value = text.partition("=")
+            if not name.startswith("--") or any(known.startswith(name) for known in options):
+                continue
+            key = name.lstrip("-")
+            if "." in key and "overrides" in positionals:
+                follows = (*before_dashes[number + 1 : number + 2], "VALUE")[0]
+                given = value if equals else "VALUE" if follows.startswith("-") else follows
+                return f"; write {key}={given}, without dashes"
+            if key == "config" and "config" in positionals:
+                return f"; write the config's name alone, without {name}"
+            near = difflib.get_close_matches(name, options, 1)
+            return f"; nearest to {name} is {near[0]}" if near else ""
+        return ""
 
 
 def positive(text: str) -> int:
@@ -53,9 +89,7 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(arguments: Sequence[str] | None = None) -> int:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            # Documents and names contain any character; one that cannot be shown is escaped.
-            sys.stdout.reconfigure(errors="backslashreplace")
+        show_any_character()
         with readers_may_leave():
             try:
                 return main(sys.argv[1:] if arguments is None else arguments)
@@ -65,11 +99,37 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
             except UnavailableError as error:
                 print(error, file=sys.stderr)
                 return EXIT_FAILED
+            except UnicodeEncodeError as error:
+                if not (problem := locale_problem(error)):
+                    raise
+                print(problem, file=sys.stderr)
+                return EXIT_USAGE
             except KeyboardInterrupt as interrupt:
                 print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
                 return EXIT_INTERRUPTED
 
     return run
+
+
+def show_any_character() -> None:
+    """Escape what stdout cannot show: documents and names contain any character."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def locale_problem(error: UnicodeEncodeError) -> str:
+    """Say that the locale cannot spell a name; "" where the locale is not the reason."""
+    encoding = sys.getfilesystemencoding()
+    escaped = any("\udc80" <= character <= "\udcff" for character in error.object)
+    if encoding == "utf-8" and not escaped:
+        return ""
+    name = error.object.encode("ascii", "backslashreplace").decode()
+    if encoding == "utf-8":
+        return f"{name} is not UTF-8, so it cannot be written down: rename it"
+    return (
+        f"{name} cannot be spelled in the encoding of this locale ({encoding}): set PYTHONUTF8=1, "
+        "or a UTF-8 locale such as LC_ALL=C.UTF-8"
+    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@
 - A read that still fails after `PATIENCE_SECONDS` ends with UnavailableError: exit code 1, after
   which launchers start the same command again. A mistake (2) they leave to a person.
 - It is logged as a warning, which Python writes to stderr; `tell_only` where many processes of a
-  machine see the same.
+  machine see the same. What a file system lacks is told once (`tell_once`).
 - The watchdog asks `is_waiting`: a rank that waits here gets on, and is not stuck.
 
 Alternatives considered:
@@ -51,6 +51,8 @@ MISSING = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
 _log = logging.getLogger(__name__)
 _waiting: list[int] = []
 """Threads that wait, by number."""
+_told: set[str] = set()
+"""What was told once."""
 
 
 def is_passing(error: OSError) -> bool:
@@ -66,6 +68,13 @@ def is_waiting() -> bool:
 def tell_only(first: bool) -> None:
     """Let only the first process of a machine log its waits: they share a file system."""
     _log.setLevel(logging.WARNING if first else logging.ERROR)
+
+
+def tell_once(kind: str, text: str) -> None:
+    """Log `text`, the first of its `kind` in this process: what the environment lacks."""
+    if kind not in _told:
+        _told.add(kind)
+        _log.warning("k2train: %s", text)
 
 
 def retried(read: Callable[[], T], what: object, stop: threading.Event | None = None) -> T:
@@ -228,21 +237,42 @@ def read_retried(path: Path, start: int = 0, count: int | None = None) -> bytear
     `numpy.fromfile` takes an error of a read for the end of the file. Raises EOFError when the file
     ends earlier, OSError, UnavailableError.
     """
-    with _RetriedFile(path, None, start) as file:
-        found = bytearray(os.fstat(file.fileno()).st_size - start if count is None else count)
+    with OpenFile(path) as file:
+        return file.read(start, count)
+
+
+class OpenFile:
+    """A file opened once for several `read_retried`; a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError, UnavailableError."""
+        self.path = path
+        self._file = _RetriedFile(path, None)
+
+    def __enter__(self) -> "OpenFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, start: int = 0, count: int | None = None) -> bytearray:
+        """Read as `read_retried` does."""
+        size = os.fstat(self._file.fileno()).st_size - start if count is None else count
+        found = bytearray(size)
         view = memoryview(found)
+        self._file.go_to(start)
         while view:
-            read = file.readinto(view)
+            read = self._file.readinto(view)
             if read == 0:
-                raise EOFError(f"{path} ends {len(view)} bytes early")
+                raise EOFError(f"{self.path} ends {len(view)} bytes early")
             view = view[read:]
-    return found
+        return found
 
 
 class _RetriedFile(io.RawIOBase):
-    def __init__(self, path: Path, stop: threading.Event | None, start: int = 0) -> None:
+    def __init__(self, path: Path, stop: threading.Event | None) -> None:
         super().__init__()
-        self._path, self._stop, self._at, self._descriptor = path, stop, start, -1
+        self._path, self._stop, self._at, self._descriptor = path, stop, 0, -1
         self._descriptor = retried(self._open, path, stop)
 
     def _open(self) -> int:
@@ -252,7 +282,12 @@ class _RetriedFile(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
+        if self._descriptor < 0:
+            self._descriptor = retried(self._open, self._path, self._stop)
         return self._descriptor
+
+    def go_to(self, start: int) -> None:
+        self._at = start
 
     def readinto(self, buffer: Any) -> int:
         count = retried(lambda: self._read(buffer), self._path, self._stop)

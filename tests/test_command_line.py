@@ -81,6 +81,32 @@ def test_a_mistake_in_the_arguments_is_one_line(capsys: pytest.CaptureFixture[st
     assert parser.parse_args(["go", "--n", "12"]).n == 12
 
 
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    (
+        (["c.yaml", "--lr.peak=1e-3"], "; write lr.peak=1e-3, without dashes"),
+        (["c.yaml", "--lr.peak", "1e-3"], "; write lr.peak=1e-3, without dashes"),
+        (["c.yaml", "--lr.peak"], "; write lr.peak=VALUE, without dashes"),
+        (["--config", "c.yaml"], "; write the config's name alone, without --config"),
+        (["--config=c.yaml"], "; write the config's name alone, without --config"),
+        (["c.yaml", "--wrold", "4"], "; nearest to --wrold is --world"),
+        (["c.yaml", "--nonsense"], "unrecognized arguments: --nonsense"),
+        ([], "required: CONFIG.yaml"),
+    ),
+)
+def test_an_unknown_option_is_told_what_was_meant(
+    given: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `unrecognized arguments` for the habits of other programs."""
+    parser = Parser(prog="tool")
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="dotted.key=value")
+    parser.add_argument("--world", type=positive)
+    with pytest.raises(SystemExit):
+        parser.parse_intermixed_args(given)
+    assert capsys.readouterr().err.endswith(f"{advice}; see --help\n")
+
+
 @pytest.mark.parametrize("closed", ["stdout", "both"])
 def test_a_reader_that_leaves_changes_nothing(closed: str) -> None:
     """Catches a broken pipe told as an error, and an exit code that depends on `| head`."""
@@ -111,6 +137,45 @@ def test_a_character_that_cannot_be_shown_is_escaped(monkeypatch: pytest.MonkeyP
 
     assert main([]) == 0
     assert written.getvalue() == b"caf\\xe9\n"
+
+
+SPELLS = """
+import sys
+from k2train.command_line import command
+@command
+def main(arguments):
+    open("/nowhere/caf\\u00e9")
+    return 0
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("utf8", ("0", "1"))
+def test_a_name_that_the_locale_cannot_spell(utf8: str) -> None:
+    """Catches a traceback for a path of the config, and one line that hides another bug."""
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", SPELLS],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=HANG_SECONDS,
+    )
+    if utf8 == "1":
+        assert done.returncode == 1 and "FileNotFoundError" in done.stderr
+        return
+    assert done.returncode == 2 and done.stderr == (
+        "/nowhere/caf\\xe9 cannot be spelled in the encoding of this locale (ascii): set "
+        "PYTHONUTF8=1, or a UTF-8 locale such as LC_ALL=C.UTF-8\n"
+    )
+
+
+def test_a_bug_in_an_encoding_keeps_its_traceback() -> None:
+    def mistaken(arguments: object) -> int:
+        return len("caf\u00e9".encode("ascii"))
+
+    with pytest.raises(UnicodeEncodeError):
+        command(mistaken)([])
 
 
 def test_a_command_without_output_runs(monkeypatch: pytest.MonkeyPatch) -> None:

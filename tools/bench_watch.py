@@ -33,8 +33,9 @@ from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process
 from k2train.text import markdown_table
 from k2train.train.monitor import RunMonitor
 from k2train.train.preflight import prepare_start
+from k2train.train.run import build
 from k2train.train.shutdown import OpenRun
-from k2train.train.trainer import Trainer, build
+from k2train.train.trainer import Trainer
 
 VOCAB, SEQUENCE, BATCH = 8192, 256, 8
 OFF = {

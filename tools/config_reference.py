@@ -19,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from command_line import Parser, command
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from k2train.config.scalars import format_value
@@ -30,9 +30,8 @@ from k2train.data.prepare.recipe import (
     HeldOutRecipe,
     Recipe,
     SubsetRecipe,
-    TokenizerRecipe,
-    TrainTokenizer,
 )
+from k2train.data.prepare.tokenizer_recipe import TokenizerRecipe, TrainTokenizer
 from k2train.errors import EXIT_DONE, EXIT_FAILED, ConfigError
 from k2train.text import markdown_table
 
@@ -56,7 +55,9 @@ UNITS = {
     "clip_norm": "gradient norm",
     "decay_steps": "optimizer steps",
     "ffn_hidden_size": "elements",
+    "held_out_rows": "rows of each set",
     "hidden_size": "elements",
+    "keep_asked": "checkpoints",
     "keep_optimizer_states": "checkpoints",
     "layers_per_stage": "layers",
     "limit_tokens": "tokens",
@@ -98,7 +99,7 @@ FOLLOWING = {
     "sequence": "`true` if `tensor` > 1",
     "stages_per_rank": "`1`; `2` with `zb-v`",
     "schedule": "`1f1b`; `interleaved` if `stages_per_rank` > 1",
-    "split_by": "`document` for jsonl and parquet, else `source`",
+    "split_by": "`source` for the `stdlib_` kinds, else `text`",
     "drop_duplicates": "`true` for the `stdlib_` kinds, else `false`",
 }
 """Defaults that depend on another key."""
@@ -119,6 +120,9 @@ RECIPE_MEANINGS = {
         ),
         "tokenizer": "the tokenizer, see below",
         "subsets": "subsets by name, see below",
+        "seen": (
+            "manifests of other data folders, as of the stage before: texts of theirs are left out"
+        ),
         "held_out": (
             "part for evaluation, of documents that no chunk has, see below; left out: none"
         ),
@@ -133,6 +137,10 @@ RECIPE_MEANINGS = {
         "train": (
             "how to train it if the file does not exist, see below; left out: the file must exist"
         ),
+        "dummy_prefix": (
+            "the space that LLaMA's model puts in front of a text: left out of documents, or kept "
+            "as Hugging Face's LlamaTokenizer does; other models have none"
+        ),
         "specials": "special tokens; their ids follow the pieces, and text never turns into them",
     },
     "recipe tokenizer.train": {
@@ -144,14 +152,21 @@ RECIPE_MEANINGS = {
             "format of the files; the `stdlib_` kinds read Python's own library and need no `paths`"
         ),
         "paths": (
-            "patterns of files, such as `corpus/web/*.jsonl.zst`; jsonl may be plain, `.gz` "
-            "or `.zst`"
+            "patterns of local files, such as `corpus/web/*.jsonl.zst`; jsonl and text may be "
+            "plain, gzip, zstd, bzip2 or xz, whatever the name"
         ),
         "origin": (
             "name of the files in the record; left out: the folder in front of the first wildcard"
         ),
-        "text_key": "key or column of the text",
+        "text_key": (
+            "key or column of the text, `meta.body` for a nested one; of several, the first that "
+            "is not blank"
+        ),
         "id_key": "key or column of a document's name; left out: its line number",
+        "where": (
+            "take only documents with one of these values: `{meta.set: [A, B]}`; several keys "
+            "must all match; jsonl and parquet only"
+        ),
         "share": (
             "part of the files' content this data folder may use; folders with disjoint "
             "shares share no text"
@@ -159,13 +174,18 @@ RECIPE_MEANINGS = {
         "documents": (
             "part of the documents in the share, drawn by the seed; for subsets over the same files"
         ),
-        "split_by": "cut `share` by `document` or by whole file (`source`)",
+        "split_by": (
+            "cut `share` and `held_out` by `text`: equal texts are on one side; by `document`, its "
+            "name; or by whole file, `source`"
+        ),
         "repeat": (
             "how often the documents are used, each time in another order; 0.5 is one half of them"
         ),
         "fill_in_the_middle": "share of the documents to rearrange, see below",
         "min_characters": "leave out shorter documents",
-        "drop_duplicates": "leave out texts that occurred before",
+        "drop_duplicates": (
+            "leave out texts that occurred before, here or in a subset above that says so too"
+        ),
         "limit_tokens": "use at most so many; left out: no limit",
         "fill": "take the rows of `rows_per_chunk` that the other subsets leave; one subset only",
         "expected_tokens": "tokens of one pass, for `--estimate` only",
@@ -254,7 +274,11 @@ def _without_choices(meaning: str, field: FieldInfo) -> str:
 
 def _type(field: FieldInfo) -> str:
     bounds = [bound for item in field.metadata for bound in _bounds(item)]
-    return " ".join([_name(field.annotation), *bounds])
+    # A value that is made a list may be written without the brackets.
+    single = get_origin(field.annotation) is tuple and any(
+        isinstance(item, BeforeValidator) for item in field.metadata
+    )
+    return " ".join([*(["text or"] if single else []), _name(field.annotation), *bounds])
 
 
 def _name(annotation: Any) -> str:
@@ -271,7 +295,11 @@ def _name(annotation: Any) -> str:
             else f"two of {_name(arguments[0])}"
         )
     if origin is dict:
-        return "mapping" if arguments[1] is str else "mapping of sections"
+        if _name(arguments[1]) == "text":
+            return "mapping"
+        return "mapping of " + (
+            "lists" if get_origin(_plain(arguments[1])) is tuple else "sections"
+        )
     if hasattr(annotation, "__metadata__"):
         bounds = [bound for item in annotation.__metadata__ for bound in _bounds(item)]
         return " ".join([_name(annotation.__origin__), *bounds])
@@ -283,6 +311,15 @@ def _name(annotation: Any) -> str:
         Path: "path",
     }
     return names.get(annotation, "section")
+
+
+def _plain(annotation: Any) -> Any:
+    """A type without its notes."""
+    return getattr(annotation, "__origin__", annotation) if _noted(annotation) else annotation
+
+
+def _noted(annotation: Any) -> bool:
+    return hasattr(annotation, "__metadata__")
 
 
 def _values(annotation: Any) -> Iterator[str]:

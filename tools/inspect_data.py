@@ -241,6 +241,7 @@ def _recorded(path: Path) -> RecordedCheckpoint:
         manifest.config,
         manifest.data.manifest_sha256,
         [(chunk.name, chunk.sha256) for chunk in manifest.chunks.order],
+        manifest.data.content_sha256,
     )
 
 

@@ -118,26 +118,41 @@ def run_pytest(
 
     The exit code is None when the run proves nothing: it hung, or the fault breaks the program.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tools'}",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
-        "FAULT_RUN_NESTED": "1",
-    }
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
-    job = server.start([command], environment, root, merged=True)
-    if not server.wait(job, limit_seconds):
-        server.end(job)
+    code, output = pytest_output(server, root, tests, limit_seconds)
+    if code is None:
         return None, f"hung for {limit_seconds:.0f} seconds"
 
-    output, (code,) = job.text("out"), job.codes
     lines = output.strip().splitlines()
     # Such an error fails any test, so it proves nothing about this one.
     clumsy = CLUMSY.search(output)
     if code == FAILED and clumsy:
         return None, f"failed with {clumsy[0]}, which any test would see"
     return code, lines[-1] if lines else "no output"
+
+
+def pytest_output(
+    server: ForkServer,
+    root: Path,
+    arguments: Sequence[str],
+    limit_seconds: float,
+    **variables: str,
+) -> tuple[int | None, str]:
+    """Run pytest in a copy up to its first failure: its exit code (None: it hung) and output."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tools'}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "FAULT_RUN_NESTED": "1",
+        **variables,
+    }
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    job = server.start([command], environment, root, merged=True)
+    if not server.wait(job, limit_seconds):
+        server.end(job)
+        return None, job.text("out")
+    (code,) = job.codes
+    return code, job.text("out")
 
 
 def check_mutation(

@@ -21,6 +21,7 @@ LOSS = "tests/parallel/test_cross_entropy.py::test_loss_and_gradient_equal_cross
 FAULT_VALUES = "tests/train/test_fault_values.py"
 NORM = "tests/optim/test_grad_norm.py::test_norm_is_that_of_the_whole_gradient"
 ADAMW = "tests/optim/test_adamw.py::test_equals_torchs_adamw_on_any_number_of_ranks"
+WHOLE_RUN = "tests/system/test_independent_run.py::test_a_run_is_that_of_an_independent_loop"
 
 MUTATIONS = (
     Mutation(
@@ -362,8 +363,8 @@ MUTATIONS = (
     Mutation(
         "odd samples of every subset to the first chunks",
         "k2train/data/prepare/allocate/mixture.py",
-        "((chunk - first_extra) % chunks < count % chunks)",
-        "(chunk < count % chunks)",
+        "first = (first + count) % chunks",
+        "first = 0",
         "tests/data/prepare/test_allocate.py::test_chunks_are_even",
     ),
     Mutation(
@@ -376,8 +377,8 @@ MUTATIONS = (
     Mutation(
         "fill-in-the-middle: the middle before the suffix",
         "k2train/data/prepare/encode/fill_in_middle.py",
-        '[prefix, suffix, middle] if kind == "psm"',
-        '[prefix, middle, suffix] if kind == "psm"',
+        "texts += [prefix, suffix, middle]",
+        "texts += [prefix, middle, suffix]",
         "tests/data/prepare/test_fill_in_middle.py::test_the_document_comes_back[own]",
     ),
     Mutation(
@@ -473,5 +474,76 @@ MUTATIONS = (
         "elif hashes[head.events - 1] != head.sha256:",
         "elif False:",
         "tests/record/test_ledger_head.py::test_what_was_cut_changed_or_exchanged_is_named",
+    ),
+    Mutation(
+        "config: betas are checked, and not used",
+        "k2train/train/engine.py",
+        "Hyperparameters(o.betas, o.eps, o.weight_decay)",
+        "Hyperparameters((0.9, 0.95), o.eps, o.weight_decay)",
+        f"{WHOLE_RUN}[1]",
+    ),
+    Mutation(
+        "config: weight decay is checked, and not used",
+        "k2train/train/engine.py",
+        "Hyperparameters(o.betas, o.eps, o.weight_decay)",
+        "Hyperparameters(o.betas, o.eps, 0.1)",
+        f"{WHOLE_RUN}[1]",
+    ),
+    Mutation(
+        "config: wsd decays from the warm-up on",
+        "k2train/train/setup.py",
+        "lr.warmup_steps, total_steps, lr.decay_steps)",
+        "lr.warmup_steps, total_steps, total_steps - lr.warmup_steps)",
+        f"{WHOLE_RUN}[1]",
+    ),
+    Mutation(
+        "fused loss: every band of bf16 rows is the first one",
+        "k2train/parallel/fused_cross_entropy.py",
+        "wide[: part.stop - begin].copy_(logits[part])",
+        "wide[: part.stop - begin].copy_(logits[: part.stop - begin])",
+        "tests/parallel/test_fused_cross_entropy.py::test_bf16_bands_at_their_real_size[200-8192]",
+    ),
+    Mutation(
+        "tokens per second of one data-parallel rank",
+        "k2train/train/step_report.py",
+        "tokens_per_second=tokens / seconds,",
+        "tokens_per_second=tokens / seconds / self.start.layout.data,",
+        f"{WHOLE_RUN}[2]",
+    ),
+    Mutation(
+        "weights without moments keep the count of updates",
+        "k2train/train/checkpointing.py",
+        "manifest.adam_steps if kept else 0",
+        "manifest.adam_steps",
+        "tests/system/test_independent_run.py"
+        "::test_a_stage_that_starts_from_weights_alone_starts_its_moments_anew",
+    ),
+    Mutation(
+        "the held-out loss is divided by all positions",
+        "k2train/train/held_out_sets.py",
+        "    targets = held_out.manifest.sequence_length - 1\n",
+        "    targets = held_out.manifest.sequence_length\n",
+        "tests/train/test_held_out.py::test_a_score_is_hugging_faces_on_the_same_rows",
+    ),
+    Mutation(
+        "held-out rows of one data-parallel rank stand for those of another",
+        "k2train/train/engine.py",
+        "rows[self.grid.dp.rank] = torch.cat(found)",
+        "rows[-1 - self.grid.dp.rank] = torch.cat(found)",
+        "tests/train/test_held_out.py::test_one_number_for_one_checkpoint[data-2]",
+    ),
+    Mutation(
+        "a stage has seen the chunks that it had planned",
+        "k2train/checkpoint/manifest_types.py",
+        "return self.order[: self.consumed + (self.step_in_chunk > 0)]",
+        "return self.order",
+        "tests/train/test_stage_transition.py::test_decays_branch_off_a_plateau",
+    ),
+    Mutation(
+        "a save that a person asked for is removed like any other",
+        "k2train/checkpoint/retention.py",
+        "if is_on_demand(path) and path not in kept and self._is_replaced(path, paths)",
+        "if is_on_demand(path) and self._is_replaced(path, paths)",
+        "tests/checkpoint/test_retention.py::test_what_was_asked_for_stays",
     ),
 )

@@ -34,6 +34,7 @@ from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulat
 from k2train.text import bytes_text
 from k2train.train.memory_report import memory_table
 from k2train.train.setup import Setup
+from k2train.train.start_notes import bf16_note
 
 GRID_LINES = 16
 PROGRAM_ACTIONS = 48
@@ -63,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.key=value", help="values that replace the file's"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="dotted.key=value",
+        help="values that replace the file's",
     )
     parser.add_argument(
         "--world", type=positive, metavar="N", help="processes (default: tensor x pipeline)"
@@ -91,14 +96,15 @@ def plan(
     spans = simulate(programs)
     sections = (
         _grid_lines(layout, shape.num_layers, full),
-        _model_lines(shape, layout, config.precision),
+        _model_lines(shape, layout, setup.precision),
         memory_table(setup),
         _step_lines(setup),
         _schedule_lines(config.parallel.schedule, programs, spans, width, full)
         + _balance_lines(setup),
         [draw(spans, width, UNIT)],
+        [note for note in (bf16_note(config),) if note],
     )
-    return "\n\n".join("\n".join(lines) for lines in sections), spans
+    return "\n\n".join("\n".join(lines) for lines in sections if lines), spans
 
 
 def _span_text(numbers: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from command_line import Parser, command
 
 from k2train.data.inspect.account import account_facts
+from k2train.data.inspect.left_out import left_out_lines
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
 from k2train.data.prepare.k2_format.export_folder import export_k2
@@ -113,6 +114,8 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         recipe = load_recipe(options.recipe, options.overrides)
         manifest, made = prepare(recipe, options.force, progress)
         result = "prepared" if made else "already prepared, all hashes checked"
+        if made:
+            print("".join(f"{line}\n" for line in left_out_lines(manifest)), end="")
         show(manifest, result, options.account, tokenizer=str(recipe.tokenizer.model))
 
 

@@ -25,6 +25,7 @@ from command_line import Parser, command
 
 from k2train.errors import EXIT_DONE, RunError
 from k2train.record.events import (
+    CheckpointRemoved,
     CheckpointSaved,
     ChunkStarted,
     Entry,
@@ -72,12 +73,13 @@ def checkpoint_rows(directory: Path) -> list[dict[str, str]]:
     recorded = {event.checkpoint: event for event in of_kind(entries, CheckpointSaved)}
     chunks = {event.order_index: event.chunk for event in of_kind(entries, ChunkStarted)}
 
+    gone = _gone(entries)
     rows = []
     # Training seconds of a checkpoint are those of the steps since the previous one.
     step_before = 0
     for name, facts in sorted({**on_disk, **recorded}.items()):
         steps = range(step_before + 1, (facts.step or 0) + 1)
-        mark = _mark(recorded.get(name), on_disk.get(name))
+        mark = _mark(recorded.get(name), on_disk.get(name), gone.get(name))
         path = f"{directory / 'checkpoints' / name}{mark}"
         rows.append({**_cells(facts, chunks, by_step, steps), "path": path})
         step_before = facts.step or step_before
@@ -166,9 +168,25 @@ def _cells(
     }
 
 
-def _mark(recorded: CheckpointSaved | None, on_disk: CheckpointSaved | None) -> str:
+def _gone(entries: Iterable[Entry]) -> dict[str, str]:
+    """Why checkpoints are not on the disk, by name, as far as the ledger says."""
+    found: dict[str, str] = {}
+    for event in (entry.event for entry in entries):
+        if isinstance(event, CheckpointSaved):
+            found.pop(event.checkpoint, None)
+        elif isinstance(event, CheckpointRemoved):
+            found[event.checkpoint] = f"removed: {event.reason}"
+        elif isinstance(event, Resumed):
+            aside = f"in set_aside_by_attempt_{event.attempt}, since the run went back"
+            found |= dict.fromkeys(event.set_aside, aside)
+    return found
+
+
+def _mark(
+    recorded: CheckpointSaved | None, on_disk: CheckpointSaved | None, gone: str | None
+) -> str:
     if on_disk is None:
-        return "  (not on the disk)"
+        return f"  ({gone or 'not on the disk, and the ledger does not say why'})"
     if recorded is None:
         return "  (not in the ledger)"
     changed = recorded.manifest_sha256 != on_disk.manifest_sha256

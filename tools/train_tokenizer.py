@@ -1,68 +1,72 @@
-"""Tokenizer training on text files: an even sample of their blocks, then sentencepiece BPE.
+"""Tokenizer training on text files: an even sample of their texts, then sentencepiece BPE.
 
     python tools/train_tokenizer.py OUTPUT.model --vocab-size 32000 FILES_OR_GLOBS...
                                     [--text-key text ...] [--max-bytes N]
 
-- Reads .txt, .md, .py and .jsonl, each also as .gz and .zst, and .parquet, as streams.
-- With several text keys, the first that a document has is taken (of .parquet: that a file has).
+- Reads .txt, .md, .py, .jsonl and .json (an object a line), each also compressed (gzip, zstd,
+  bzip2, xz), and .parquet, with the readers of `prepare_data.py`.
+- With several text keys, the first that is text is taken; `meta.body` is a nested one.
 - Trains on at most --max-bytes of text, because training needs about 13 times its text in memory.
-- Of more text, the blocks with the smallest hashes of their names are taken. This is an even
-  sample, equal on every machine and for any order of files, in one pass of reading.
-- Text that cannot be read is counted and skipped.
+  Of more, an even sample is taken, equal on every machine and for any order of files.
+- Text that cannot be read is counted and left out.
 
 Alternatives considered:
-- The first bytes of the input as sample: they would all be of one kind.
+- Readers of its own: a file was read by one command and refused by the other.
 """
 
 import argparse
-import glob
-import hashlib
-import heapq
-import json
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 
 from command_line import Parser, command
 
+from k2train.data.prepare.containers import plain_name
+from k2train.data.prepare.encode.training_sample import TrainingSample
+from k2train.data.prepare.field_keys import named
 from k2train.data.prepare.progress import Progress
-from k2train.data.prepare.source import Contents, Source
-from k2train.data.tokenizer import Tokenizer, is_encodable
-from k2train.data.tokenizer_training import LONGEST_LINE_BYTES, train_tokenizer
+from k2train.data.prepare.recipe import SubsetRecipe
+from k2train.data.prepare.source import Source
+from k2train.data.prepare.sources.file_patterns import matching_paths
+from k2train.data.prepare.sources.listing import REMOTE, remote_problem
+from k2train.data.prepare.sources.recognize import check_files
+from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import EXIT_DONE, DataError, UserError
 from k2train.text import counted
 
-try:
-    from pyarrow import ArrowException, parquet
-except ImportError:
-    parquet, ArrowException = None, OSError
-
-TEXT_KINDS = (".txt", ".md", ".py")
-PACKED = ("", ".gz", ".zst")
-TEXT_SUFFIXES = tuple(kind + packed for kind in TEXT_KINDS for packed in PACKED)
-SUFFIXES = (*TEXT_SUFFIXES, *(f".jsonl{packed}" for packed in PACKED), ".parquet")
-KINDS = f"{' '.join(TEXT_KINDS)} .jsonl (each also .gz or .zst), .parquet"
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+"""Kind of a file by its suffix, that of its compression left out."""
+SUPPORTED = f"{' '.join(KINDS)} (each but .parquet also compressed)"
 DEFAULT_MAX_BYTES = 100_000_000
-BLOCK_CHARACTERS = 2**16
-READ_ROWS = 256
 
-Skipped = Counter[tuple[str, str]]
-"""Number of skipped items by (noun in the singular, rest of the phrase)."""
+
+def kind_of(name: str) -> str | None:
+    """Kind of a file by its name; None for any other file."""
+    return KINDS.get(PurePath(plain_name(name)).suffix.lower())
 
 
 def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
     """List (name, path) of every file, sorted by name: its path below the common folder.
 
-    Raises DataError for a pattern without files, a folder, and an unsupported kind of file.
+    Raises DataError for a pattern without files, a folder, an address, an unsupported kind of
+    file, and for files that are not what their names say.
     """
     found: set[str] = set()
     for pattern in patterns:
-        matches = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        files = [match for match in matches if os.path.isfile(match)]
+        if REMOTE.match(pattern):
+            raise DataError(remote_problem(pattern))
+        matches = [Path(pattern)] if os.path.exists(pattern) else matching_paths(pattern)
+        files = [match for match in matches if match.is_file()]
 
         if not files:
             hint = (
@@ -73,181 +77,42 @@ def files_of(patterns: Sequence[str]) -> list[tuple[str, Path]]:
             raise DataError(f"{pattern}: no file{hint}")
 
         for file in files:
-            if not file.endswith(SUFFIXES):
-                raise DataError(f"{file}: unsupported kind of file; supported: {KINDS}")
+            if kind_of(file.name) is None:
+                raise DataError(f"{file}: unsupported kind of file; supported: {SUPPORTED}")
             found.add(os.path.realpath(file))
 
-    # Names are relative, so that the sample is the same on every machine.
+    check_files([(path, str(kind_of(path)), "") for path in sorted(found)])
+    # Names are relative, so that the order is the same on every machine.
     common = os.path.commonpath([os.path.dirname(path) for path in found])
     return sorted((Path(path).relative_to(common).as_posix(), Path(path)) for path in found)
 
 
-def texts_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[Any]:
-    """Yield the texts of one file.
-
-    These are its lines, or the value of the first of `keys` in each document.
-    """
-    if path.name.endswith(".parquet"):
-        yield from _parquet_texts(path, keys, skipped)
-        return
-
-    lines = Contents(Source("", path.name, str(path), path.stat().st_size)).lines()
-
-    if path.name.endswith(TEXT_SUFFIXES):
-        for line in lines:
-            try:
-                yield line.decode() + "\n"
-            except UnicodeDecodeError:
-                skipped["line", " without valid UTF-8"] += 1
-        return
-
-    for line in lines:
-        try:
-            item = json.loads(line)
-            yield item[next(key for key in keys if key in item)]
-        except UnicodeDecodeError:
-            skipped["line", " without valid UTF-8"] += 1
-        except (json.JSONDecodeError, RecursionError):
-            if line.strip():
-                skipped["line", " without valid JSON"] += 1
-        except (StopIteration, TypeError):
-            skipped["document", f" without the key {named(keys)}"] += 1
-
-
-def named(keys: Sequence[str]) -> str:
-    """Format keys as `'a' or 'b'`."""
-    return " or ".join(map(repr, keys))
-
-
-def _parquet_texts(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[Any]:
-    if parquet is None:
-        raise UserError(f"{path}: reading it needs pyarrow: pip install 'k2train[data]'")
-
-    with parquet.ParquetFile(path) as table:
-        columns = table.schema_arrow.names
-        key = next((key for key in keys if key in columns), None)
-        if key is None:
-            raise DataError(
-                f"{path}: has no column {named(keys)}; its columns are {', '.join(columns)}: set "
-                "--text-key"
-            )
-
-        for batch in table.iter_batches(READ_ROWS, columns=[key]):
-            for text in batch.column(0).to_pylist():
-                if text is None:
-                    skipped["document", f" without the key {named(keys)}"] += 1
-                else:
-                    yield text
-
-
-def documents_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[str]:
-    """Yield the texts that can be trained on: not empty, and valid Unicode."""
-    for text in texts_of(path, keys, skipped):
-        if not isinstance(text, str):
-            skipped["document", f" whose {named(keys)} is not text"] += 1
-        elif not text.strip():
-            skipped["empty document", ""] += 1
-        elif not is_encodable(text):
-            skipped["document", " without valid Unicode"] += 1
-        else:
-            yield text
-
-
-def blocks_of(path: Path, keys: Sequence[str], skipped: Skipped) -> Iterator[str]:
-    """Yield the units of sampling: blocks of whole lines.
-
-    A block has about 64 Ki characters, or is one document.
-    """
-    lines_only = path.name.endswith(TEXT_SUFFIXES)
-    block: list[str] = []
-    size, empty = 0, True
-
-    for text in (texts_of if lines_only else documents_of)(path, keys, skipped):
-        empty = empty and not text.strip()
-        for line in text.splitlines(keepends=True) if len(text) > BLOCK_CHARACTERS else (text,):
-            block.append(line)
-            size += len(line)
-            if size >= BLOCK_CHARACTERS:
-                yield "".join(block)
-                block, size = [], 0
-        if not lines_only and block:
-            yield "".join(block)
-            block, size = [], 0
-
-    if lines_only and empty:
-        skipped["empty file", ""] += 1
-    elif block:
-        yield "".join(block)
-
-
-class Sample:
-    """The blocks of smallest hash with at most `max_bytes` together.
-
-    Equal for any order of `add`.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes = max_bytes
-        self.seen_bytes = self.kept_bytes = self.seen = 0
-        self._kept: list[tuple[int, str, int, str]] = []
-        self._limit = 2**64
-
-    def add(self, name: str, number: int, text: str) -> None:
-        """Offer a block to the sample."""
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-        self.seen += 1
-        self.seen_bytes += size
-        digest = hashlib.sha256(
-            f"k2train tokenizer sample\0{name}\0{number}".encode("utf-8", "surrogatepass")
-        )
-        rank = int.from_bytes(digest.digest()[:8], "big")
-
-        # The limit only falls: a block above it can never be in the sample.
-        if rank >= self._limit:
-            return
-        heapq.heappush(self._kept, (-rank, name, number, text))
-        self.kept_bytes += size
-
-        while self.kept_bytes > self.max_bytes:
-            worst, _, _, dropped = heapq.heappop(self._kept)
-            self._limit = -worst
-            self.kept_bytes -= len(dropped.encode("utf-8", "surrogatepass"))
-
-    def texts(self) -> list[str]:
-        """The kept blocks in the order of the files."""
-        return [text for _, _, _, text in sorted(self._kept, key=lambda kept: kept[1:3])]
-
-
 def read_sample(
-    files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int, skipped: Skipped
-) -> Sample:
-    """Read every file once and sample its blocks.
+    files: Sequence[tuple[str, Path]], keys: Sequence[str], max_bytes: int
+) -> TrainingSample:
+    """Read every file once and sample its texts.
 
     Raises DataError for a file that cannot be read, and when no text is found.
     """
-    sample = Sample(max_bytes)
+    sample = TrainingSample(max_bytes)
     unit = "files" if len(files) != 1 else "file"
     for name, path in Progress(sys.stderr).track("read", files, unit=unit):
-        try:
-            for number, block in enumerate(blocks_of(path, keys, skipped)):
-                sample.add(name, number, block)
-        except (OSError, ArrowException) as error:
-            raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+        subset = SubsetRecipe.model_validate(
+            {"kind": kind_of(name), "paths": [str(path)], "text_key": tuple(keys)}
+        )
+        sample.read(subset, Source("", name, str(path), path.stat().st_size))
 
-    if sample.seen and not sample.kept_bytes:
+    if sample.blocks and not sample.kept_bytes:
         raise DataError(
-            f"--max-bytes ({max_bytes}) is less than any of {counted(sample.seen, 'block')} of "
+            f"--max-bytes ({max_bytes}) is less than any of {counted(sample.blocks, 'block')} of "
             "text: raise it"
         )
     if not sample.kept_bytes:
-        why = f"; skipped: {skipped_text(skipped)}" if skipped else ""
-        raise DataError(f"no text to train on in {counted(len(files), 'file')}{why}")
+        raise DataError(
+            f"no text to train on in {counted(len(files), 'file')} (--text-key {named(keys)})"
+            + "".join(f"; {line}" for line in sample.report()[1:])
+        )
     return sample
-
-
-def skipped_text(skipped: Skipped) -> str:
-    """Format the counts of skipped items."""
-    return ", ".join(counted(count, what) + rest for (what, rest), count in sorted(skipped.items()))
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], text_bytes: int) -> float:
@@ -266,30 +131,14 @@ def train(given: argparse.Namespace) -> None:
 
     begun = time.monotonic()
     files = files_of(given.files)
-    skipped: Skipped = Counter()
-    sample = read_sample(files, given.text_key, given.max_bytes, skipped)
+    sample = read_sample(files, given.text_key, given.max_bytes)
     texts = sample.texts()
-    whole = len(texts) == sample.seen
 
     print(
         f"read {counted(len(files), 'file')}, {sample.seen_bytes:,} bytes of text in "
-        f"{counted(sample.seen, 'block')}"
+        f"{counted(sample.documents, 'document')}"
     )
-    kept = f"{counted(len(texts), 'block')}, {sample.kept_bytes:,} bytes"
-    part = "all" if whole else f"{kept}, those of smallest hash by file name"
-    print(f"trained on {part} (--max-bytes {given.max_bytes:,})", flush=True)
-
-    # The trainer skips these lines without a word.
-    long = sum(
-        len(line.encode("utf-8", "replace")) > LONGEST_LINE_BYTES
-        for text in texts
-        for line in text.split("\n")
-    )
-
-    if long:
-        skipped["line", f" above {LONGEST_LINE_BYTES} bytes"] = long
-    if skipped:
-        print(f"skipped: {skipped_text(skipped)}")
+    print("\n".join(sample.report()), flush=True)
 
     try:
         tokenizer = train_tokenizer(texts, given.vocab_size)
@@ -299,9 +148,7 @@ def train(given: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror})") from None
 
-    ratio = bytes_per_token(
-        tokenizer, [text.encode("utf-8", "ignore").decode() for text in texts], sample.kept_bytes
-    )
+    ratio = bytes_per_token(tokenizer, texts, sample.kept_bytes)
     print(
         f"{output}: {tokenizer.base_size:,} pieces, then {len(tokenizer.specials)} special tokens"
     )
@@ -323,7 +170,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         "files",
         nargs="+",
         metavar="FILE_OR_GLOB",
-        help=f"kinds: {KINDS}; ** matches subfolders; before --text-key",
+        help=f"kinds: {SUPPORTED}; ** matches subfolders; before --text-key",
     )
     add(
         "--vocab-size", type=int, required=True, help="number of pieces, without the special tokens"
@@ -348,7 +195,7 @@ def options_of(arguments: Sequence[str]) -> argparse.Namespace:
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} ({getattr(given, name)}) must be at least 1")
 
-    if files := [key for key in given.text_key if os.path.exists(key) and key.endswith(SUFFIXES)]:
+    if files := [key for key in given.text_key if os.path.exists(key) and kind_of(key)]:
         parser.error(f"--text-key: {files[0]} is a file; name the files before --text-key")
     return given
 

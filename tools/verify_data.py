@@ -1,9 +1,12 @@
 """Data folder verification: every byte of every chunk, and the files beside them.
 
     python tools/verify_data.py MANIFEST [--workers N] [--chunks 3 chunk_007 held_out ...]
+    python tools/verify_data.py MANIFEST --against EARLIER_MANIFEST
 
 - MANIFEST is `manifest.json` or its folder.
 - One line per chunk as it is done; every problem on stderr. Later chunks are still read.
+- With `--against` it compares the texts of two folders instead, all of them; a start of a stage
+  compares a sample.
 - Memory does not grow with the data. Needs no torch, so it runs where data is stored.
 
 Exit codes: 0 all is whole; 2 anything is not, also when the reader of the output has gone (`|
@@ -24,6 +27,7 @@ from command_line import Parser, command
 from k2train.data.chunk import Manifest, read_manifest
 from k2train.data.inspect.provenance import find_chunk
 from k2train.data.manifest import MANIFEST_NAME
+from k2train.data.text_record import exact_overlap, open_texts
 from k2train.data.verify.chunks import Report, verify_chunks
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, DataError
@@ -99,6 +103,23 @@ def run(manifest: Manifest, names: Sequence[str] | None, workers: int) -> int:
     return EXIT_DONE
 
 
+def compare(earlier: Manifest, later: Manifest) -> int:
+    """Compare all texts of two folders; return the exit code. Raises DataError without a record."""
+    records = []
+    for manifest in (earlier, later):
+        if (record := open_texts(manifest)) is None:
+            raise DataError(
+                f"{manifest.path}: has no record of its texts: it was made by an older version, or "
+                "imported; prepare it again"
+            )
+        records.append(record)
+
+    overlap = exact_overlap(records[0], records[1])
+    line = f"{later.path} shares {overlap.message} with {earlier.path}"
+    print(line, file=sys.stderr if overlap.shared else sys.stdout)
+    return EXIT_USAGE if overlap.shared else EXIT_DONE
+
+
 def open_manifest(path: Path) -> Manifest:
     """Read the manifest of the command line.
 
@@ -145,9 +166,17 @@ def main(arguments: Sequence[str]) -> int:
         metavar="C",
         help="only these, by number or name: 3 chunk_007 held_out",
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="EARLIER",
+        help="compare all texts with those of this data folder, and nothing else",
+    )
     given = parser.parse_args(arguments)
     if given.workers < 1:
         parser.error(f"--workers ({given.workers}) must be at least 1")
+    if given.against is not None:
+        return compare(open_manifest(given.against), open_manifest(given.manifest))
     return run(open_manifest(given.manifest), given.chunks, given.workers)
 
 

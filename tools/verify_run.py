@@ -33,7 +33,7 @@ from k2train.data.verify.chunks import verify_chunks
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError
 from k2train.files import sha256_file
-from k2train.record.events import CheckpointSaved, Entry, Resumed, Started
+from k2train.record.events import CheckpointRemoved, CheckpointSaved, Entry, Resumed, Started
 from k2train.record.jsonl import read_lines
 from k2train.record.ledger import checked_entries, fault_notes, read_chain
 from k2train.record.ledger_head import head_problems
@@ -41,6 +41,7 @@ from k2train.record.metrics import RootRecord, StepRecord, checked_records, dama
 from k2train.train.ledger_check import all_checkpoints, ledger_heads
 
 LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
+HELD_OUT = "held_out.jsonl"
 
 Facts = Mapping[str, Any]
 
@@ -137,6 +138,8 @@ class Saves:
                         )
             elif isinstance(event, CheckpointSaved):
                 self.saved[event.checkpoint] = (line, event, token)
+            elif isinstance(event, CheckpointRemoved):
+                self.saved.pop(event.checkpoint, None)
 
     def all(self) -> dict[str, Save]:
         """Records by path below `checkpoints`."""
@@ -170,7 +173,7 @@ def check_checkpoints(
     missing = [name for name in saves if trusted and folder / name not in there]
     for name in missing:
         line = saves[name][0]
-        # A checkpoint saved on request is removed when a later one is whole, without a ledger line.
+        # Older versions removed those inside chunks without a line in the ledger.
         yield Problem(
             f"{folder / name}: is missing, {LEDGER}, line {line} records it", note="_step_" in name
         )
@@ -241,7 +244,9 @@ def check_data(
 
     manifest = read_manifest(path)
     for line, event in starts_of(entries):
-        if isinstance(event, Started) and event.data_manifest_sha256 != manifest.sha256:
+        if isinstance(event, Started) and not manifest.is_named(
+            (event.data_manifest_sha256, event.data_content_sha256)
+        ):
             yield Problem(
                 f"{manifest.path}: is not the data that {directory / LEDGER}, line {line} started "
                 "with"
@@ -275,7 +280,7 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
     yield from problems
     for line in fault_notes(entry for _, entry in entries):
         yield Problem(line, note=True)
-    for name in (METRICS, ROOTS):
+    for name in (METRICS, ROOTS, HELD_OUT):
         if (directory / name).exists():
             yield from map(Problem, damaged_rows(directory / name))
 

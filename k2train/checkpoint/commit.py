@@ -36,6 +36,7 @@ from k2train.checkpoint.manifest import (
     manifest_text,
     seal,
 )
+from k2train.checkpoint.retention import KEEP
 from k2train.checkpoint.save_events import SaveEvents
 from k2train.checkpoint.shards import write_shard
 from k2train.checkpoint.side_files import group_files, write_pieces
@@ -196,6 +197,8 @@ def _commit(
 
     content = manifest_content(job.temporary, job.name, job.facts, files, tables, digests)
     manifest = CheckpointManifest.model_validate(content)
+    if job.facts.asked is not None:
+        write_synced(job.temporary / KEEP, f"{job.facts.asked}\n")
     write_synced(job.temporary / MANIFEST, manifest_text(content))
     for written in (*(job.temporary / folder for folder in (*FOLDERS, FACTS)), job.temporary):
         sync_directory(written)

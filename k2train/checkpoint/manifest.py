@@ -7,7 +7,8 @@
     ckpt_007/thinned.json    marks a removed optimizer directory; names the manifest's hash
 
 - `ckpt_NNN` has consumed NNN whole chunks of this stage. `ckpt_NNN_step_SSSSSS` was saved on
-  request in between. A directory named `*.tmp` was never finished and is never read.
+  request in between, or is the end of a stage whose last held-out loss is still to come. A
+  directory named `*.tmp` was never finished and is never read.
 - The manifest is written last. No file contains a pickle.
 - The manifest also carries the hash of its own content (`self_sha256`). A changed digit would be
   valid JSON and would silently move the run to another step.

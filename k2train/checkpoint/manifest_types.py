@@ -20,6 +20,7 @@ from k2train.checkpoint.run_facts import (
     ChunkFacts,
     Facts,
     ForwardAnswer,
+    HeldOutFacts,
     Json,
     LayoutFacts,
     Loss,
@@ -179,12 +180,20 @@ class DataPosition(Facts):
     step_in_chunk: Count = 0
     order: tuple[ChunkFacts, ...] = ()
 
+    def begun(self) -> tuple[ChunkFacts, ...]:
+        """Chunks that were trained on: those consumed, and the one that is being read."""
+        return self.order[: self.consumed + (self.step_in_chunk > 0)]
+
 
 class DataFacts(Facts):
-    """The data folder that the run reads."""
+    """The data folder that the run reads.
+
+    `content_sha256` is that of data made again under other versions, too.
+    """
 
     manifest: str | None = None
     manifest_sha256: str | None = None
+    content_sha256: str | None = None
     tokenizer_sha256: str | None = None
     vocab_size: Count | None = None
     sequence_length: Count | None = None
@@ -209,6 +218,10 @@ class SaveFacts(Facts):
     attempt: Count = 0
     loss: Loss | None = None
     held_out_loss: Loss | None = None
+    held_out: tuple[HeldOutFacts, ...] | None = None
+    """Every set that was scored; absent in checkpoints of older versions."""
+    asked: str | None = None
+    """Who asked for this save and wants it kept: a file SAVE, a signal; absent if nobody did."""
     lr: Rate | None = None
     guard: Json | None = None
     """State of the guards by their names."""

@@ -3,6 +3,8 @@
 - Nothing is removed unless two newer checkpoints remain that are complete and were verified by this
   process. Once there were two of them, the disk always holds at least two.
 - Weights of a numbered checkpoint are never deleted.
+- A checkpoint with a file KEEP stays as it is. Saves that a person asked for get one; removing the
+  file gives the checkpoint back to the policy, and `touch` keeps any other.
 - A rename or a marker invalidates a checkpoint before its files are deleted. A kill in between
   never leaves half of one to be loaded.
 
@@ -12,6 +14,7 @@ Alternatives considered:
 
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,14 +29,24 @@ from k2train.checkpoint.manifest import (
     mark_thinned,
     read_manifest,
 )
+from k2train.checkpoint.save_events import SaveEvents
 from k2train.errors import CheckpointError, UnavailableError
-from k2train.retry import is_folder_retried, list_retried
+from k2train.retry import exists_retried, is_folder_retried, list_retried
 
 REMAIN = 2
 """Number of verified complete checkpoints that must be newer than anything removed."""
 
 ON_DEMAND_AT_ONCE = REMAIN + 1
 """Checkpoints inside chunks that exist at once: those that remain, and the one being written."""
+
+
+KEEP = "KEEP"
+"""File in a checkpoint that stays as it is."""
+
+
+def is_kept(path: Path) -> bool:
+    """Whether somebody asked for a checkpoint, and it stays until they say otherwise."""
+    return exists_retried(path / KEEP)
 
 
 def is_on_demand(path: Path) -> bool:
@@ -85,11 +98,22 @@ class VerifiedCheckpoints:
 class Retention:
     """Retention policy of `directory`.
 
-    The newest `keep_optimizer_states` numbered checkpoints keep their optimizer states (0: all do).
+    - The newest `keep_optimizer_states` numbered checkpoints keep their optimizer states (0: all
+      do).
+    - The newest `keep_asked` checkpoints with a file KEEP stay as they are (None: all do).
+    - `events` is told what goes.
     """
 
-    def __init__(self, directory: Path, keep_optimizer_states: int, verified: VerifiedCheckpoints):
+    def __init__(
+        self,
+        directory: Path,
+        keep_optimizer_states: int,
+        verified: VerifiedCheckpoints,
+        keep_asked: int | None = None,
+        events: SaveEvents | None = None,
+    ):
         self.directory, self.keep, self.verified = directory, keep_optimizer_states, verified
+        self.keep_asked, self.events = keep_asked, events or SaveEvents()
 
     def retire(self) -> None:
         """Drop and thin what the policy allows.
@@ -98,16 +122,20 @@ class Retention:
         other.
         """
         paths = list_checkpoints(self.directory)
+        asked = [path for path in paths if is_kept(path)]
+        kept = asked if self.keep_asked is None else asked[max(0, len(asked) - self.keep_asked) :]
         # On-demand checkpoints never count towards the numbered ones that are kept.
         numbered = [path for path in paths if not is_on_demand(path)]
         old = numbered[: -self.keep] if self.keep > 0 else []
-        actions = [
-            (_expire, path)
+        actions: list[tuple[Callable[[Path], None], Path]] = [
+            (self._expire, path)
             for path in paths
-            if is_on_demand(path) and self._is_replaced(path, paths)
+            if is_on_demand(path) and path not in kept and self._is_replaced(path, paths)
         ]
         actions += [
-            (_thin, path) for path in old if is_thinned(path) or self._is_replaced(path, paths)
+            (_thin, path)
+            for path in old
+            if path not in kept and (is_thinned(path) or self._is_replaced(path, paths))
         ]
 
         problem: OSError | UnavailableError | None = None
@@ -122,6 +150,14 @@ class Retention:
             raise problem
 
         fault_injection.point("retire.done")
+
+    def _expire(self, path: Path) -> None:
+        was_kept = is_kept(path)
+        _expire(path)
+        why = f"{REMAIN} newer ones are verified"
+        if was_kept:
+            why += f", and of those that were asked for the newest {self.keep_asked} are kept"
+        self.events.removed(path, why)
 
     def _is_replaced(self, path: Path, paths: list[Path]) -> bool:
         newer = paths[paths.index(path) + 1 :]

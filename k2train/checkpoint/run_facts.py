@@ -56,6 +56,26 @@ class Facts(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)
 
 
+class SubsetLoss(Facts):
+    """Held-out loss of the rows of one subset, in nats a target."""
+
+    name: str
+    loss: Loss
+    rows: Count
+
+
+class HeldOutFacts(Facts):
+    """Held-out loss of a set, in nats a target, and the rows that it is the mean of."""
+
+    name: str
+    loss: Loss
+    rows: Count
+    rows_left_out: Count = 0
+    targets: Count
+    subsets: tuple[SubsetLoss, ...] = ()
+    """By subset, where the rows' provenance is known."""
+
+
 class ChunkFacts(Facts):
     """Name and content of a chunk."""
 
@@ -177,3 +197,4 @@ class ParentFacts(Facts):
     moments_kept: StrictBool = True
     rate_before: Rate | None = None
     rate_after: Rate | None = None
+    data_compared: str | None = None

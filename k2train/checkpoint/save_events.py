@@ -11,6 +11,7 @@ class SavePolicy:
     """How checkpoints are saved.
 
     - The newest `keep_optimizer_states` numbered checkpoints keep their states (0: all do).
+    - Of those that were asked for, the newest `keep_asked` stay as they are (None: all do).
     - `asynchronous`: training goes on while files are written.
     - A save that the disk refuses is tried again for `retry_seconds`.
     - An older checkpoint is read again every `verify_every_seconds` (0: never).
@@ -20,14 +21,15 @@ class SavePolicy:
     asynchronous: bool = True
     retry_seconds: float = 0.0
     verify_every_seconds: float = 0.0
+    keep_asked: int | None = None
 
 
 class SaveEvents:
     """Receiver of what happens to checkpoints, on rank 0. This one ignores all of it.
 
     - All methods but `idle` are called from the saving or the scrubbing thread.
-    - An OSError of `message`, `verified` or `damaged` is logged, and the save continues. Any other
-      error is raised on every rank.
+    - An OSError of `message`, `verified`, `damaged` or `removed` is logged, and the save continues.
+      Any other error is raised on every rank.
     """
 
     def check_owner(self) -> None:
@@ -41,6 +43,9 @@ class SaveEvents:
 
     def damaged(self, path: Path, problem: str) -> None:
         """A checkpoint is no longer what was written."""
+
+    def removed(self, path: Path, why: str) -> None:
+        """A checkpoint inside a chunk was removed."""
 
     def message(self, text: str) -> None:
         """A line for people."""

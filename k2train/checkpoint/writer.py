@@ -81,7 +81,9 @@ class CheckpointWriter:
         self.verified = VerifiedCheckpoints()
         """Checkpoints that this process verified."""
         self.scrubber = Scrubber(directory, policy.verify_every_seconds, self.verified, events)
-        self._retention = Retention(directory, policy.keep_optimizer_states, self.verified)
+        self._retention = Retention(
+            directory, policy.keep_optimizer_states, self.verified, policy.keep_asked, events
+        )
         self._agreement = Agreement(grid, background=True)
         self._buffers = HostBuffers()
         self._digests: dict[int, StateDigest] = {}

@@ -277,13 +277,7 @@ def config_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
         return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
     def text_of(value: Any) -> str:
-        return (
-            "absent"
-            if value is absent
-            else str(value)
-            if isinstance(value, dict)
-            else format_value(value)
-        )
+        return "absent" if value is absent else format_value(value)
 
     differences = []
     for key in dict.fromkeys([*before, *after]):

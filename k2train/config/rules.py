@@ -56,6 +56,18 @@ def _two_states(values: Values) -> str | None:
     )
 
 
+@_rule("data.held_out_rows", "data.held_out_batches", "batch.global_sequences")
+def _held_out(values: Values) -> str | None:
+    rows, batches = values["data.held_out_rows"], values["data.held_out_batches"]
+    if rows is None or batches is None:
+        return None
+    return (
+        f"data.held_out_batches ({batches}) and data.held_out_rows ({rows}) both say how many rows "
+        f"are scored; leave one out ({batches} batches are data.held_out_rows: "
+        f"{batches * values['batch.global_sequences']})"
+    )
+
+
 @_rule("model.hidden_size", "model.num_heads")
 def _head_size(values: Values) -> str | None:
     hidden, heads, tensor = (

@@ -54,6 +54,9 @@ def format_value(value: Any) -> str:
         return text.replace("e", ".0e") if "e" in text and "." not in text else text
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, dict):
+        inner = (f"{format_value(key)}: {format_value(item)}" for key, item in value.items())
+        return "{" + ", ".join(inner) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(format_value(item) for item in value) + "]"
 

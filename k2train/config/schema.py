@@ -23,7 +23,9 @@ from k2train.config.values import (
     Count,
     Flag,
     Interval,
+    Kept,
     Length,
+    NamedPaths,
     Policy,
     Positive,
     PositiveAmount,
@@ -46,6 +48,8 @@ class RunConfig(Section):
     - `allow` names differences from the checkpoint that are permitted at a resume, although they
       make it another run (`lr.peak`, `data`). `space`, `probe` and `faults` permit a start on a
       disk that is too small, with a forward check that differs, and with faults on purpose.
+      `unfinished_parent` and `model.rope_theta` permit a stage that starts from an unfinished run,
+      and with another base of the positions.
     - A run is refused after `max_fruitless_starts` starts in a row that failed alike (0: never).
     """
 
@@ -76,7 +80,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Training data: chunks, their order, and the sequence length in tokens.
 
-    - `held_out_batches`: global batches of the held-out chunk to evaluate (None: all of them).
+    - `held_out_rows`: rows of each held-out set to score (None: all of them, 0: none at all).
+    - `held_out_batches`: the same in global batches; of the two only one may be set.
+    - `held_out_sets`: more sets to score, name -> manifest of a data folder.
     - `cross_documents`: whether attention crosses document boundaries (attend) or stops at them
       (block).
     - `seen_before`: whether data of the previous stage is refused or allowed; if allowed, it is
@@ -86,7 +92,9 @@ class DataConfig(Section):
     manifest: Text
     sequence_length: Length
     order: tuple[Chunk, ...] | None = Field(default=None, min_length=1)
+    held_out_rows: Count | None = None
     held_out_batches: Positive | None = None
+    held_out_sets: NamedPaths = Field(default={})
     cross_documents: Literal["attend", "block"] = "attend"
     seen_before: Literal["refuse", "allow"] = "refuse"
 
@@ -183,6 +191,7 @@ class CheckpointConfig(Section):
     - Saves every `every_chunks` chunks and every `every_seconds` seconds (0: by chunk only; auto:
       as often as measured failures and saves make best).
     - `keep_optimizer_states`: how many to keep (0: all, otherwise at least two).
+    - `keep_asked`: how many saves that a person asked for are kept (all, or a number).
     - `retry_seconds`: how long a save is retried when the disk is full.
     - `verify_every_seconds`: how often an older checkpoint is read and checked again (0: never).
     """
@@ -191,6 +200,7 @@ class CheckpointConfig(Section):
     every_seconds: Interval = "auto"
     asynchronous: Flag = True
     keep_optimizer_states: Count = 5
+    keep_asked: Kept = "all"
     retry_seconds: Amount = 600.0
     verify_every_seconds: Amount = 3600.0
 
@@ -242,7 +252,7 @@ class Config(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     lr: LrConfig
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
     kernels: KernelsConfig = Field(default_factory=KernelsConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     watch: WatchConfig = Field(default_factory=WatchConfig)

@@ -90,6 +90,25 @@ def _interval(value: Any) -> str | float:
     return _word_or_number(value, ("auto",), _number, "a number of seconds")
 
 
+def _kept(value: Any) -> str | int:
+    return _word_or_number(value, ("all",), _whole, "a number of checkpoints")
+
+
+def _named_paths(value: Any) -> Any:
+    """Names with a path each; an empty section, read as null, has none."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _wrong("a section of names, each with the path of a manifest", value)
+    for name in value:
+        if name == "held_out" or not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", str(name)):
+            raise ValueError(
+                f"{show(name)} is no name for a set: use letters, digits, '_' and '-', and not "
+                "held_out, which is the set of data.manifest"
+            )
+    return value
+
+
 def _word_or_number(
     value: Any, words: Sequence[str], number_of: Callable[[Any], N], what: str
 ) -> str | N:
@@ -128,9 +147,11 @@ PositiveAmount = Annotated[float, BeforeValidator(_number), Field(gt=0)]
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Text = Annotated[str, BeforeValidator(_text)]
+NamedPaths = Annotated[dict[str, Text], BeforeValidator(_named_paths)]
 RunName = Annotated[str, BeforeValidator(_run_name)]
 Resume = Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)]
 Interval = Annotated[Literal["auto"] | float, BeforeValidator(_interval)]
+Kept = Annotated[Literal["all"] | int, BeforeValidator(_kept)]
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=2)]
 Chunk = Annotated[str | int, BeforeValidator(_chunk)]
 Policy = Annotated[Literal["alert"], BeforeValidator(_policy)]

@@ -3,8 +3,7 @@
 - Reading is by step number, so there is no state to save. After a restart or a rollback the trainer
   asks for another step and gets exactly its rows.
 - One thread reads the next steps, another verifies the next chunk.
-- A chunk that anybody touched since it was hashed is hashed again, after the read and before the
-  step: what is trained on is what the manifest names.
+- `chunk_reader` opens and hashes the files, also those of held-out sets.
 
 Alternatives considered:
 - DataLoader with worker processes: reading a step copies a few hundred kilobytes. Workers bring
@@ -13,26 +12,16 @@ Alternatives considered:
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from threading import Event, Lock
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 
-from k2train.data.array_file import ArrayFile
-from k2train.data.chunk import (
-    ChunkIdentity,
-    ChunkInfo,
-    Manifest,
-    bad_id,
-    check_files,
-    open_chunk,
-    verify_chunk,
-)
-from k2train.data.document_boundaries import documents_of, open_borders
+from k2train.data.chunk import ChunkIdentity, Manifest, check_files
+from k2train.data.chunk_reader import ChunkReader, OpenChunk
+from k2train.data.held_out import HeldOutSet, held_out_batches, rows_of_rank
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
-from k2train.errors import DataError, UnavailableError
+from k2train.errors import DataError
 
 # Steps held ready: the current and the next one. More would only hold memory: a step reads in
 # milliseconds.
@@ -61,20 +50,6 @@ class MicroBatch(NamedTuple):
         """Copy to `device`; the copy may still be running on return."""
         return MicroBatch(
             *(None if part is None else part.to(device, non_blocking=True) for part in self)
-        )
-
-
-class _OpenChunk(NamedTuple):
-    """An open chunk with its name."""
-
-    name: str
-    tokens: ArrayFile
-    borders: ArrayFile | None
-
-    def identity(self) -> ChunkIdentity:
-        """Identity that the open files have now."""
-        return ChunkIdentity(
-            self.tokens.identity(), None if self.borders is None else self.borders.identity()
         )
 
 
@@ -110,27 +85,17 @@ class Loader:
                 f"({manifest.vocab_size}, {manifest.path}): raise it"
             )
 
-        names = [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
-        check_files(manifest, names)
+        check_files(manifest, order.names)
         if documents:
-            require_borders(manifest, names)
+            require_borders(manifest, order.names)
         # Only for its check: the batch must divide into ranks and micro-batches.
         rank_rows(range(order.global_sequences), *share)
 
         self.manifest, self.order, self.share = manifest, order, share
-        self.verify, self.documents = verify, documents
-        self._progress: Callable[[], None] = lambda: None
-
-        self._open: _OpenChunk | None = None
-        self._held_out: _OpenChunk | None = None
-        self._verified: dict[str, ChunkIdentity | None] = {}
-        """Identity of the files that were hashed, by name of the chunk."""
-        self._known: dict[str, ChunkIdentity] = {}
-        """The same of those that are open, after the last look at them."""
-        self._verify_lock = Lock()
-
+        self.verify = verify
+        self._reads = ChunkReader(manifest, verify, documents)
+        self._open: OpenChunk | None = None
         self._verified_ahead = -1
-        self._stop = Event()
         # One thread each: reads stay in order, and hashing never delays a read.
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-loader")
         self._verifier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="k2train-verify")
@@ -160,41 +125,19 @@ class Loader:
 
     def report_to(self, progress: Callable[[], None]) -> None:
         """Call `progress` while a step waits for a chunk to be hashed."""
-        self._progress = progress
-
-    def num_held_out_batches(self, global_sequences: int | None = None) -> int:
-        """Number of full batches in the held-out chunk; 0 when the data has none."""
-        held_out = self.manifest.held_out
-        return held_out.rows // (global_sequences or self.order.global_sequences) if held_out else 0
-
-    def held_out(self, batch_index: int, global_sequences: int | None = None) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a held-out batch, counted from 0.
-
-        The rows never depend on the step. Raises DataError when there is no such batch.
-        """
-        size = global_sequences or self.order.global_sequences
-        batches = self.num_held_out_batches(size)
-        info = self.manifest.held_out
-        if info is None or not 0 <= batch_index < batches:
-            raise DataError(
-                f"{self.manifest.path}: held-out batch {batch_index} of {size} rows: "
-                f"there are {batches}"
-            )
-
-        # In the reader's thread, which alone opens chunks.
-        return self._reader.submit(self._read_held_out, info, batch_index, size).result()
+        self._reads.progress = progress
 
     def verify_ahead(self, name: str) -> "Future[None]":
         """Verify the named chunk in a thread; the future raises DataError when it is damaged."""
-        return self._verifier.submit(self._verify, self.manifest.chunk(name), self._stop.is_set)
+        return self._verifier.submit(self._reads.verify, self.manifest.chunk(name))
 
     def close(self) -> None:
         """Stop the threads; idempotent. A running verification ends at its next block."""
-        self._stop.set()
+        self._reads.stop.set()
         for pool in (self._reader, self._verifier):
             pool.shutdown(wait=True, cancel_futures=True)
         self._pending.clear()
-        self._open = self._held_out = None
+        self._open = None
 
     def __enter__(self) -> Self:
         return self
@@ -217,90 +160,83 @@ class Loader:
     def _read(self, step: int) -> list[MicroBatch]:
         name = self.order.position(step).name
         if self._open is None or self._open.name != name:
-            self._open = self._open_chunk(self.manifest.chunk(name))
-        batch = self._batch(self._open, self.order.rows_of(step))
-        self._confirm(self._open)
+            self._open = self._reads.open(self.manifest.chunk(name))
+        batch = [
+            _micro_batch(self._reads, self._open, part)
+            for part in rank_rows(self.order.rows_of(step), *self.share)
+        ]
+        self._reads.confirm(self._open)
         return batch
-
-    def _read_held_out(self, info: ChunkInfo, batch_index: int, size: int) -> list[MicroBatch]:
-        if self._held_out is None:
-            self._held_out = self._open_chunk(info)
-        rows = range(batch_index * size, (batch_index + 1) * size)
-        batch = self._batch(self._held_out, rows)
-        self._confirm(self._held_out)
-        return batch
-
-    def _open_chunk(self, info: ChunkInfo) -> _OpenChunk:
-        if self.verify:
-            self._verify(info, self._stopped_in_a_step)
-
-        tokens, borders = open_chunk(self.manifest, info, self._stop), None
-        if self.documents:
-            assert info.borders is not None, (
-                f"{info.name}: its borders were required when the loader was created"
-            )
-            borders = open_borders(self.manifest.folder / info.borders, info.name, self._stop)
-
-        chunk = _OpenChunk(info.name, tokens, borders)
-        # What was opened is compared with it after the first read.
-        self._known[info.name] = self._verified.get(info.name) or chunk.identity()
-        return chunk
-
-    def _verify(self, info: ChunkInfo, stopped: Callable[[], bool]) -> None:
-        with self._verify_lock:
-            if info.name not in self._verified:
-                self._verified[info.name] = verify_chunk(self.manifest, info, stopped)
-
-    def _stopped_in_a_step(self) -> bool:
-        """A step waits for this hash, which gets on."""
-        self._progress()
-        return self._stop.is_set()
-
-    def _confirm(self, chunk: _OpenChunk) -> None:
-        """Hash a chunk again if anything touched its files since they were hashed, or opened.
-
-        Any rank does: what one of them has read may not be what another one hashed.
-        """
-        now, known = chunk.identity(), self._known[chunk.name]
-        if now.has_files_of(known):
-            return
-
-        info = self.manifest.chunk(chunk.name)
-        hashed = verify_chunk(self.manifest, info, self._stopped_in_a_step)
-        same = hashed is None or now.has_content_of(hashed)
-        # A file that was replaced stays what it is while it is open.
-        if not same and not now.has_content_of(known):
-            raise UnavailableError(
-                f"{chunk.tokens.where}: changes while it is read; stop whatever writes to it, then "
-                "start the same command again"
-            )
-        self._known[chunk.name] = now
 
     def identity(self, name: str) -> ChunkIdentity | None:
         """Identity of what was opened for a chunk; None before that."""
-        return self._known.get(name)
+        return self._reads.identity(name)
 
-    def _batch(self, chunk: _OpenChunk, rows: range) -> list[MicroBatch]:
-        return [
-            MicroBatch(
-                self._tokens(chunk, part),
-                None if chunk.borders is None else self._documents(chunk, part),
-            )
-            for part in rank_rows(rows, *self.share)
-        ]
 
-    def _tokens(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:
-        ids = chunk.tokens[rows.start : rows.stop]
-        if bad := bad_id(ids, rows.start, self.manifest.vocab_size):
-            path = self.manifest.folder / self.manifest.chunk(chunk.name).file
-            raise DataError(f"{chunk.name} ({path}): {bad}")
+class HeldOutLoader:
+    """Loader of one data-parallel rank's micro-batches of a held-out set.
 
-        return torch.from_numpy(np.asarray(ids, dtype=np.int64))
+    `most_microbatches` are those of a step. `verify` and `documents` as for `Loader`. The rows
+    never depend on the step. Raises DataError when files are missing or lack document boundaries.
+    """
 
-    def _documents(self, chunk: _OpenChunk, rows: range) -> torch.Tensor:
-        assert chunk.borders is not None, f"{chunk.name} was opened without its borders"
-        path = self.manifest.folder / str(self.manifest.chunk(chunk.name).borders)
-        where = f"{chunk.name} ({path})"
-        return torch.from_numpy(
-            documents_of(chunk.borders, rows, self.manifest.sequence_length, where)
+    def __init__(
+        self,
+        held_out: HeldOutSet,
+        share: Share,
+        most_microbatches: int,
+        verify: bool = False,
+        documents: bool = False,
+    ) -> None:
+        names = [info.name for info, _ in held_out.scored()]
+        check_files(held_out.manifest, names)
+        if documents:
+            require_borders(held_out.manifest, names)
+
+        self.set, self.share = held_out, share
+        self.batches = list(
+            held_out_batches(held_out, share.ranks, share.micro_sequences, most_microbatches)
         )
+        """The batches of all ranks, in the order of the rows."""
+        self._reads = ChunkReader(held_out.manifest, verify, documents)
+        self._open: OpenChunk | None = None
+
+    def report_to(self, progress: Callable[[], None]) -> None:
+        """Call `progress` while a chunk is hashed."""
+        self._reads.progress = progress
+
+    def opens(self, index: int) -> str:
+        """Name of the chunk that this batch opens; "" if the one before it did."""
+        name = self.batches[index].chunk.name
+        return "" if index and self.batches[index - 1].chunk.name == name else name
+
+    def read(self, index: int) -> list[MicroBatch]:
+        """Return this rank's micro-batches of a batch, padding included. Raises DataError."""
+        batch = self.batches[index]
+        if self._open is None or self._open.name != batch.chunk.name:
+            self._open = self._reads.open(batch.chunk)
+        found = []
+        for rows in rows_of_rank(batch, self.share.rank, self.share.micro_sequences):
+            part = _micro_batch(self._reads, self._open, range(rows[0], rows[-1] + 1))
+            index_of = torch.tensor(rows) - rows[0]
+            found.append(MicroBatch(*(None if t is None else t[index_of] for t in part)))
+        self._reads.confirm(self._open)
+        return found
+
+    def identity(self, name: str) -> ChunkIdentity | None:
+        """Identity of what was opened for a chunk; None before that."""
+        return self._reads.identity(name)
+
+    def close(self) -> None:
+        """Close the chunk, and end whatever waits for it; idempotent."""
+        self._reads.stop.set()
+        self._open = None
+
+
+def _micro_batch(reads: ChunkReader, chunk: OpenChunk, rows: range) -> MicroBatch:
+    """Read consecutive rows of an open chunk."""
+    documents = reads.documents_in(chunk, rows)
+    return MicroBatch(
+        torch.from_numpy(reads.tokens(chunk, rows)),
+        None if documents is None else torch.from_numpy(documents),
+    )

@@ -10,9 +10,9 @@ Alternatives considered:
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool
 
@@ -33,6 +33,7 @@ class ChunkInfo(Record):
     """Manifest entry of one chunk; `tokens` is rows times sequence length.
 
     `borders` names the file of document boundaries, if the data was prepared with them.
+    `provenance_content_sha256` is the hash of the provenance's columns, see `provenance_digest`.
     """
 
     name: Text
@@ -43,6 +44,7 @@ class ChunkInfo(Record):
     sha256: Text
     provenance: Text | None = None
     provenance_sha256: Text | None = None
+    provenance_content_sha256: Text | None = None
     borders: Text | None = None
     borders_sha256: Text | None = None
 
@@ -54,10 +56,28 @@ class Fact(Record):
 
 
 class TokenizerFacts(Fact):
-    """The tokenizer's file in the data folder, and its control tokens in the order of their ids."""
+    """The tokenizer's file in the data folder, and its control tokens in the order of their ids.
+
+    `dummy_prefix` says what became of the space that the model puts in front of a text: `drop`,
+    `keep`, or `as published` for imported ids; None for a model without, and in older folders.
+    """
 
     file: str
     specials: tuple[str, ...]
+    dummy_prefix: str | None = None
+
+    @property
+    def prefix(self) -> Literal["drop", "keep"]:
+        """How the tokenizer is loaded, so that its hash is that of the manifest."""
+        return "keep" if self.dummy_prefix == "keep" else "drop"
+
+
+class TextFacts(Fact):
+    """The record of the texts that a data folder was made of, see `text_record`."""
+
+    file: str
+    sha256: str
+    count: Whole
 
 
 class SubsetFacts(Fact):
@@ -85,6 +105,8 @@ class Facts(Fact):
     - `account`: what became of each subset's documents and tokens.
     - `road`: version of the preparation's code.
     - `document_keys`: see `data.document_keys`.
+    - `texts`: see `data.text_record`; `seen`: hashes of these records of earlier folders, whose
+      texts were left out.
     - `imported`: identity of an import of K2's files.
     """
 
@@ -96,6 +118,8 @@ class Facts(Fact):
     sources_sha256: str | None = None
     rejected_sha256: str | None = None
     tokenizer: TokenizerFacts | None = None
+    texts: TextFacts | None = None
+    seen: tuple[str, ...] = ()
     road: Whole | None = None
     python: str | None = None
     seed: Whole | None = None
@@ -105,9 +129,11 @@ class Facts(Fact):
 
 
 class Manifest(Record):
-    """A data folder's manifest. `sha256` is that of manifest.json, so it names the whole data set.
+    """A data folder's manifest. `sha256` is that of manifest.json, so it names the whole folder.
 
-    `path` and `sha256` are set by the reader.
+    `content_sha256` names the data, whatever versions of Python and libraries wrote the folder;
+    None for a folder without content hashes of its provenance. `path` and `sha256` are set by the
+    reader.
     """
 
     path: Path
@@ -119,6 +145,16 @@ class Manifest(Record):
     chunks: tuple[ChunkInfo, ...]
     held_out: ChunkInfo | None = None
     facts: Facts = Facts()
+
+    @property
+    def content_sha256(self) -> str | None:
+        """Hash of what the folder means, see `content_sha256`; computed, so it cannot be wrong."""
+        return content_sha256(self)
+
+    def is_named(self, names: Collection[str | None]) -> bool:
+        """Return whether one of these hashes, of the file or of the content, names this data."""
+        known = {self.sha256, self.content_sha256} - {None}
+        return not known.isdisjoint(names)
 
     @property
     def folder(self) -> Path:
@@ -158,6 +194,30 @@ def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
             f"borders: {short_list(without)}; set document_borders: true in the recipe and prepare "
             "the data again, or set data.cross_documents: attend"
         )
+
+
+def content_sha256(manifest: Manifest) -> str | None:
+    """Hash of what a data folder means: ids, borders, provenance, texts, recipe and tokenizer.
+
+    None where the provenance of a chunk has no content hash.
+    """
+    chunks = manifest.all_chunks()
+    if not chunks or any(info.provenance_content_sha256 is None for info in chunks):
+        return None
+    keys = ["name", "rows", "tokens_per_subset", "sha256", "borders_sha256"]
+    keys.append("provenance_content_sha256")
+    texts = manifest.facts.texts
+    content = {
+        "format": "k2train-content-1",
+        "tokenizer": manifest.tokenizer_sha256,
+        "sequence_length": manifest.sequence_length,
+        "vocab_size": manifest.vocab_size,
+        "chunks": [{key: getattr(info, key) for key in keys} for info in chunks],
+        "held_out": manifest.held_out is not None,
+        "texts": None if texts is None else texts.sha256,
+        "recipe": manifest.facts.recipe_sha256,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def chunk_dtype(vocab_size: int) -> str:

@@ -26,6 +26,19 @@ def model_content(model: bytes) -> tuple[int, list[tuple[str, int]]]:
     return model_kind, pieces
 
 
+def has_dummy_prefix(model: bytes) -> bool:
+    """Whether a model puts a space in front of every text: `normalizer_spec.add_dummy_prefix`.
+
+    Raises TruncatedError.
+    """
+    # The default of sentencepiece; of several specs the last value counts.
+    found = True
+    for number, content in _fields(model):
+        if number == 3 and isinstance(content, bytes):
+            found = next((bool(value) for n, value in _fields(content) if n == 3), found)
+    return found
+
+
 class TruncatedError(Exception):
     """A message ends inside a field, or is not a protobuf message."""
 

@@ -4,8 +4,9 @@
   encodes as ordinary characters and decodes back exactly.
 - Special tokens are inserted by id, by the code that builds a sample.
 - Any model is read as one that leaves text alone. Its own settings for a leading space, merged
-  spaces and replaced characters (LLaMA has the first) are overridden in memory; its bytes, and so
-  its hash, stay.
+  spaces and replaced characters (LLaMA has the first) are overridden in memory.
+- LLaMA's leading space, the dummy prefix, can be kept: the first word of a document is then spelt
+  as Hugging Face's LlamaTokenizer spells it. The hash tells the two apart.
 - Decoding is a table of bytes: sentencepiece's own drops a leading space and writes " \u2047 " for
   an unknown id.
 - Long texts are encoded in segments, cut where no piece of the model can reach across, so the ids
@@ -23,18 +24,21 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from k2train.data.sentencepiece_model import TruncatedError, model_content
+from k2train.data.sentencepiece_model import TruncatedError, has_dummy_prefix, model_content
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 from k2train.retry import retried
 
 Ids = npt.NDArray[np.int32]
+DummyPrefix = Literal["drop", "keep"]
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
 
@@ -91,17 +95,26 @@ def is_encodable(text: str) -> bool:
 class Tokenizer:
     """Sentencepiece model of `base_size` pieces, with `specials` as ids `base_size ...` in order.
 
+    With `dummy_prefix` "keep", a model that puts a space in front of every text does so here, too;
+    "drop" leaves it out. Other models are the same with both.
+
     Can be pickled: another process reads it again from the model's bytes.
     Raises DataError for bytes that are not a sentencepiece model, and for a model that would lose
     text or turn text into a control token.
     """
 
-    def __init__(self, model: bytes, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: bytes,
+        specials: Sequence[str] = K2_SPECIAL_TOKENS,
+        dummy_prefix: DummyPrefix = "drop",
+    ) -> None:
+        self.model, self.dummy_prefix = model, dummy_prefix
         self.specials = tuple(specials)
         try:
             # First: a truncated model would swallow the settings appended to it.
             kind, pieces = model_content(model)
+            self.model_has_prefix = has_dummy_prefix(model)
             self._pieces = sentencepiece.SentencePieceProcessor(
                 model_proto=model + _LEAVE_TEXT_ALONE
             )
@@ -110,6 +123,7 @@ class Tokenizer:
                 "tokenizer.model: not a sentencepiece model, or only a part of one"
             ) from None
 
+        self.adds_prefix = dummy_prefix == "keep" and self.model_has_prefix
         self.base_size: int = self._pieces.get_piece_size()
         self._check_pieces(pieces)
 
@@ -131,7 +145,7 @@ class Tokenizer:
         )
 
         # Proof that the model leaves text unchanged.
-        if self.decode(self.encode(_PROBE)) != _PROBE:
+        if self.decode(self.encode_arrays([_PROBE], begins=[False])[0]) != _PROBE:
             raise DataError(
                 "tokenizer.model: does not decode its own encoding to the same text; train it with "
                 "byte fallback"
@@ -164,8 +178,8 @@ class Tokenizer:
                     "it in tokenizer.specials"
                 )
 
-    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, tuple[str, ...]]]:
-        return Tokenizer, (self.model, self.specials)
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes, tuple[str, ...], DummyPrefix]]:
+        return Tokenizer, (self.model, self.specials, self.dummy_prefix)
 
     @property
     def vocab_size(self) -> int:
@@ -174,8 +188,17 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Hash of the meaning of ids: the model's bytes and the list of special tokens."""
-        return hashlib.sha256(self.model + b"\0" + json.dumps(self.specials).encode()).hexdigest()
+        """Hash of the meaning of ids: model, special tokens, and whether a prefix is kept."""
+        content = self.model + b"\0" + json.dumps(self.specials).encode()
+        return hashlib.sha256(
+            content + (b"\0dummy prefix" if self.adds_prefix else b"")
+        ).hexdigest()
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest records beside the file's name: `specials`, and `dummy_prefix` if any."""
+        prefix = {"dummy_prefix": self.dummy_prefix} if self.model_has_prefix else {}
+        return {"specials": list(self.specials), **prefix}
 
     def special_id(self, name: str) -> int:
         """Id of a special token. Raises KeyError for any other name."""
@@ -184,17 +207,27 @@ class Tokenizer:
         return self.base_size + self.specials.index(name)
 
     def encode(self, text: str) -> list[int]:
-        """Encode ordinary text, without `<s>` and `</s>`; never gives a control or special id.
+        """Encode a document, without `<s>` and `</s>`; never gives a control or special id.
 
         Raises DataError for text that is not Unicode (lone surrogates).
         """
         return self.encode_arrays([text])[0].tolist()
 
-    def encode_arrays(self, texts: Sequence[str], num_threads: int = 1) -> list[Ids]:
+    def encode_arrays(
+        self, texts: Sequence[str], num_threads: int = 1, begins: Sequence[bool] | None = None
+    ) -> list[Ids]:
         """Encode many texts as read-only int32 arrays; the fast way.
 
+        `begins` says which of them begin a document, and get a kept dummy prefix; default: all.
         Raises DataError for text that is not Unicode.
         """
+        if self.adds_prefix:
+            # As sentencepiece does it: nothing in front of nothing.
+            starts = repeat(True) if begins is None else begins
+            texts = [
+                f" {text}" if start and text else text
+                for text, start in zip(texts, starts, strict=False)
+            ]
         try:
             segments = [self._segments(text) for text in texts]
         except UnicodeEncodeError as error:
@@ -252,8 +285,9 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Decode ids to text; `</s>`, `<s>` and special tokens appear by name.
 
-        Exact inverse of `encode`. Any slice of ids decodes: a character cut at its start or end
-        becomes U+FFFD. Raises DataError for an id that the tokenizer does not have.
+        Exact inverse of `encode`, but for the space of a kept dummy prefix. Any slice of ids
+        decodes: a character cut at its start or end becomes U+FFFD. Raises DataError for an id that
+        the tokenizer does not have.
         """
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
@@ -289,7 +323,12 @@ class Tokenizer:
             stream.write(self.model)
 
     @classmethod
-    def load(cls, path: Path, specials: Sequence[str] = K2_SPECIAL_TOKENS) -> "Tokenizer":
+    def load(
+        cls,
+        path: Path,
+        specials: Sequence[str] = K2_SPECIAL_TOKENS,
+        dummy_prefix: DummyPrefix = "drop",
+    ) -> "Tokenizer":
         """Read a sentencepiece model.
 
         Raises DataError naming the file when it is missing, not a model, or not usable.
@@ -301,6 +340,6 @@ class Tokenizer:
                 f"{path}: cannot be read as tokenizer.model ({error.strerror})"
             ) from None
         try:
-            return cls(model, specials)
+            return cls(model, specials, dummy_prefix)
         except DataError as error:
             raise DataError(f"{path}{str(error).removeprefix('tokenizer.model')}") from None

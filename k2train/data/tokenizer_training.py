@@ -1,8 +1,15 @@
-"""Training of a tokenizer: a sentencepiece BPE with byte fallback, from the lines of texts."""
+"""Training of a tokenizer: a sentencepiece BPE with byte fallback, from the lines of texts.
+
+- Every line takes part. The trainer drops long lines and lines with its reserved character without
+  a word, so long ones are cut at spaces, and others at that character.
+
+Alternatives considered:
+- A higher limit of the trainer: a book in one line then slows it down without bound.
+"""
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import sentencepiece
 
@@ -18,7 +25,9 @@ from k2train.errors import DataError
 
 CONTROL_PIECES = 3
 LONGEST_LINE_BYTES = 2**16
-"""Training skips longer lines."""
+"""Longer lines are cut: the trainer drops them."""
+RESERVED = "\u2585"
+"""The trainer drops lines with this character, which it writes for an unknown one."""
 
 
 def train_tokenizer(
@@ -36,13 +45,9 @@ def train_tokenizer(
         )
 
     model = io.BytesIO()
-    lines = (
-        line for text in texts for line in text.split("\n") if line.strip() and is_encodable(line)
-    )
-
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=training_lines(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -66,6 +71,46 @@ def train_tokenizer(
             f"{_size_error(str(error))}"
         ) from None
     return Tokenizer(model.getvalue(), specials)
+
+
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Yield the lines to train on: not blank, at most `LONGEST_LINE_BYTES`, without `RESERVED`.
+
+    Only lines that are not Unicode are left out.
+    """
+    for text in texts:
+        for line in text.split("\n"):
+            if not is_encodable(line):
+                continue
+            for part in line.split(RESERVED):
+                if part.strip():
+                    yield from cut_line(part, LONGEST_LINE_BYTES)
+
+
+def cut_line(line: str, limit: int) -> Iterator[str]:
+    """Cut a line into parts of at most `limit` UTF-8 bytes, in front of spaces where it has any.
+
+    No piece of the model crosses such a cut, since a piece begins with its space.
+    """
+    if 4 * len(line) <= limit:
+        yield line
+        return
+
+    content = line.encode()
+    start = 0
+    while len(content) - start > limit:
+        end = content.rfind(b" ", start + 1, start + limit + 1)
+        # In front of the whole run of spaces: pieces may contain several.
+        while end > start and content[end - 1] == ord(" "):
+            end -= 1
+        if end <= start:
+            # No space: at the last character that fits.
+            end = start + limit
+            while content[end] & 0xC0 == 0x80:
+                end -= 1
+        yield content[start:end].decode()
+        start = end
+    yield content[start:].decode()
 
 
 def _size_error(message: str) -> str:

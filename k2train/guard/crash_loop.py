@@ -52,6 +52,10 @@ UNREQUESTED = ("non-finite", "save failed", "damaged")
 """Reasons of a `stopped` event that was not requested."""
 CHANCE = re.compile(r" \(pid \d+ on host [^)]*\)|0x[0-9a-f]+|\d+")
 """What differs between two failures that are alike: processes, ranks, addresses, times."""
+LAST_SIGN = re.compile(
+    r"(?<=died at step )(\d+), [^;]*|; (?:(?:in|last) collective|no collective so far).*$"
+)
+"""What a rank's last sign of life said of its phase and collective: it is chance, too."""
 AT_STEP = re.compile(r"\bat step (\d+)")
 
 
@@ -86,7 +90,8 @@ class Attempt:
         first = (text.splitlines() or [""])[0]
         named = AT_STEP.search(first)
         step = int(named[1]) if named else self.end.step
-        return CHANCE.sub("#", first), self.last_step if step is None else step
+        alike = CHANCE.sub("#", LAST_SIGN.sub(r"\1", first))
+        return alike, self.last_step if step is None else step
 
 
 def attempts_of(entries: Sequence[Entry]) -> list[Attempt]:

@@ -1,6 +1,9 @@
 """Stop signals: the handler only records the request, the training loop acts on it between steps.
 
 - The loop reads `requested`, agrees on it with the other ranks, saves and exits.
+- During a start there is nothing to save yet, so the first signal ends it at once: the handler
+  raises StopAsked in the main thread (`begin_start`, `end_start`). What native code waits for runs
+  in a thread, because Python hears no signal meanwhile (`run_hearing`).
 - A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the
   first: a terminal sends SIGINT to every process of a launch and the launcher forwards its own
   copy, so one key press arrives twice.
@@ -16,16 +19,34 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PERSONS_SIGNALS = (signal.SIGINT.name, signal.SIGHUP.name)
+"""What a terminal sends: Ctrl-C, and its end. The others are what systems send to make room."""
+
+
+HEARING_SECONDS = 0.2
+FINISHING_STEP = "finishing the step, then saving"
+"""What a run does after a signal, unless it is in another phase."""
+
+
+class StopAsked(BaseException):
+    """A start was asked to stop; its text is the signal's name.
+
+    No Exception: what goes on after errors must not go on after this.
+    """
 
 
 class StopRequest:
     """Stop request by signal; `requested` is the name of the first signal ("SIGTERM"), else None.
 
+    - `finishing`: what the run does after a signal, for the confirmation.
     - `announce`: confirm the request on stderr.
     - `echo_seconds`: a SIGINT sooner than this after the first counts as the launcher's copy of it.
     """
@@ -37,7 +58,11 @@ class StopRequest:
         announce: bool = False,
     ) -> None:
         self.requested: str | None = None
-        self._announce = announce
+        self.finishing = FINISHING_STEP
+        self.announce = announce
+        self._starting, self._held = False, 0
+        self._asking = threading.Lock()
+        self._reason = ""
         self._echo_seconds = echo_seconds
         self._clock = clock
         self._first_interrupt: float | None = None
@@ -57,8 +82,54 @@ class StopRequest:
 
         return self
 
+    def begin_start(self) -> None:
+        """From now on the first signal raises StopAsked in the main thread."""
+        self._starting = True
+
+    def end_start(self) -> None:
+        """From now on signals only record their request. Idempotent."""
+        self._starting = False
+
+    @property
+    def starting(self) -> bool:
+        """Whether the next signal raises StopAsked."""
+        return self._starting
+
+    def ask(self, reason: str) -> None:
+        """Ask to stop a start from another thread; `reason` stands for a signal's name.
+
+        No effect after the start, or once the handlers are restored.
+        """
+        with self._asking:
+            # Without its handler the signal would kill the process.
+            if self._starting:
+                self._reason = reason
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR2)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep a signal that comes inside until the end of the block.
+
+        Blocks may be nested. In other threads, which no signal interrupts, it has no effect.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+        if not self._held and self._starting and self.requested is not None:
+            self._starting = False
+            raise StopAsked(self.requested)
+
     def restore(self) -> None:
-        """Restore the previous handlers; no effect when not installed."""
+        """Restore the previous handlers, and raise StopAsked no more; also when not installed."""
+        self._starting = False
+        # A thread that asks has sent its signal by now, or sends none.
+        with self._asking:
+            pass
         for number, before in self._before.items():
             # None: the handler was installed by C code, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if before is None else before)
@@ -71,20 +142,47 @@ class StopRequest:
         self.restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested = signal.Signals(number).name
-            if self._announce:
+        first = self.requested is None
+        if first:
+            self.requested = self._reason or signal.Signals(number).name
+            if self.announce:
+                doing = "ending the start" if self._starting else self.finishing
                 # Bypass all buffers: the signal may interrupt a write to the same stream.
-                os.write(
-                    2, f"\nk2train: {self.requested}: finishing the step, then saving\n".encode()
-                )
+                os.write(2, f"\nk2train: {self.requested}: {doing}\n".encode())
 
         # Only a second Ctrl-C interrupts at once.
-        if number != signal.SIGINT:
-            return
+        if number == signal.SIGINT:
+            now = self._clock()
+            if self._first_interrupt is None:
+                self._first_interrupt = now
+            elif now - self._first_interrupt >= self._echo_seconds:
+                raise KeyboardInterrupt
 
-        now = self._clock()
-        if self._first_interrupt is None:
-            self._first_interrupt = now
-        elif now - self._first_interrupt >= self._echo_seconds:
-            raise KeyboardInterrupt
+        if first and self._starting and not self._held:
+            # Once: what cleans up after it is not interrupted again.
+            self._starting = False
+            raise StopAsked(self.requested)
+
+
+def run_hearing(work: Callable[[], T]) -> T:
+    """Return `work()`, run in a thread while the main thread hears signals.
+
+    A handler may raise meanwhile. The thread then goes on by itself until the process ends.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    threading.Thread(target=run, name="hearing", daemon=True).start()
+    while not done.wait(HEARING_SECONDS):
+        continue
+    if errors:
+        raise errors[0]
+    return results[0]

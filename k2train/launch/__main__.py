@@ -24,6 +24,7 @@ Alternatives considered:
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -38,15 +39,23 @@ from torch.distributed.run import get_args_parser, run
 
 from k2train.command_line import Parser, command
 from k2train.config.load import load_config
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
+from k2train.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    UnavailableError,
+)
 from k2train.fault_injection import require_permission
 from k2train.launch.environment import (
     keep_sockets_inside,
     limit_cuda_connections,
     read_faults,
+    refuse_repeated_start,
     request_statuses,
 )
-from k2train.launch.rendezvous import BACKEND, read_states_only, register
+from k2train.launch.ports import taken_by
+from k2train.launch.rendezvous import BACKEND, meeting_port, read_states_only, register
 from k2train.launch.status import ProcessStatus
 from k2train.launch.supervisor import Supervisor
 
@@ -66,6 +75,9 @@ def main(arguments: Sequence[str]) -> int:
     The exit code is 1 when the processes do not agree on another one.
     """
     options = parse(arguments)
+    if is_alone(options) and trains(options):
+        refuse_repeated_start(launcher=True)
+    refuse_taken_port(options)
     refuse_faults(options)
     # torchrun's own lines, from here on: what was read before may have had to wait, and says so.
     logging.disable(logging.ERROR)
@@ -106,7 +118,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     theirs = get_args_parser()
     parser = Parser(
         prog="python -m k2train.launch",
-        description=theirs.description,
+        description="Start the processes of a run on this machine, hand signals on to them, and "
+        "end with their exit code. All options but --restarts are torchrun's.",
+        epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request "
+        "after saving; 1 any other failure. Example: python -m k2train.launch --nproc-per-node 4 "
+        "-m k2train.train CONFIG.yaml",
         parents=[theirs],
         add_help=False,
     )
@@ -144,10 +160,28 @@ def refuse_faults(options: argparse.Namespace) -> None:
     Raises UserError. Every process checks again: another machine has another environment.
     """
     given = [str(argument) for argument in options.training_script_args]
-    trains = options.module and options.training_script == "k2train.train"
-    if not (read_faults() and trains and given) or any(one.startswith("-") for one in given):
+    if not (read_faults() and trains(options) and given) or any(
+        one.startswith("-") for one in given
+    ):
         return
     require_permission(read_faults(), load_config(given[0], given[1:]).run.allow)
+
+
+def refuse_taken_port(options: argparse.Namespace) -> None:
+    """Raise UnavailableError where another program holds the port at which the nodes meet."""
+    if is_alone(options):
+        return
+    port = meeting_port(options.rdzv_backend, options.rdzv_endpoint, options.rdzv_conf)
+    if port is not None and (holder := taken_by(port, os.getpid())):
+        raise UnavailableError(
+            f"port {port} of --rdzv-endpoint {options.rdzv_endpoint} is taken by {holder}; "
+            "give all nodes another port"
+        )
+
+
+def trains(options: argparse.Namespace) -> bool:
+    """Return whether the processes are those of a training run."""
+    return bool(options.module and options.training_script == "k2train.train")
 
 
 def _count(text: str) -> int:

@@ -25,7 +25,13 @@ from torch.distributed.elastic.rendezvous import (
     dynamic_rendezvous,
     rendezvous_handler_registry,
 )
+from torch.distributed.elastic.rendezvous.utils import (
+    _matches_machine_hostname,
+    parse_rendezvous_endpoint,
+)
 
+DEFAULT_PORT = 29400
+"""torchrun's port, where an endpoint names none."""
 BACKEND = "k2train-one-machine"
 """Name under which torchrun finds the one in memory (--rdzv-backend)."""
 STATE_TYPES = {
@@ -36,6 +42,21 @@ STATE_TYPES = {
     ("datetime", "timezone"),
 }
 """Module and name of all that the state of a rendezvous is made of, besides plain values."""
+
+
+def meeting_port(backend: str, endpoint: str, conf: str) -> int | None:
+    """Return the port that torchrun's store would open on this machine; None if it opens none."""
+    try:
+        host, port = parse_rendezvous_endpoint(endpoint, DEFAULT_PORT)
+        settings = dict(part.split("=", 1) for part in conf.split(",") if part.strip())
+        parameters = RendezvousParameters(backend, endpoint, "x", 1, 1, **settings)
+        here = parameters.get_as_bool("is_host")
+    except (ValueError, TypeError):
+        # torchrun says what is wrong with it.
+        return None
+    if backend != "c10d" or here is False or not endpoint:
+        return None
+    return port if here or _matches_machine_hostname(host) else None
 
 
 class OneMachine(RendezvousHandler):

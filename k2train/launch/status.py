@@ -5,6 +5,8 @@
   without a name still carries what is written to it.
 - A record has a fixed length and a checksum, since it is read while it is written.
 - The launcher holds a lock on the folder, which systemd's cleaner respects.
+- Beside them the launcher notes the signals that it got: a process can tell a request to stop from
+  the end of another one.
 
 Alternatives considered:
 - A pipe from each process: torchrun starts the processes, and hands nothing on.
@@ -18,15 +20,19 @@ import os
 import signal
 import sys
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from k2train.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USAGE
 from k2train.processes import start_ticks
 
 LAUNCHER_FILE = "launcher"
 """File in the folder of the status files with the launcher's process id."""
+SIGNALS_FILE = "signals"
+"""File beside it with the names of the signals that the launcher got, if any."""
 RECORD_BYTES = 96
 """Length of a record, filled with blanks."""
 SET_PARENT_DEATH_SIGNAL = 1
@@ -63,6 +69,30 @@ class ProcessStatus:
         if words[0] != "running":
             return cls(int(words[0]))
         return cls(None, int(words[1]), int(words[2]), "saving" in words)
+
+
+def has_failed(status: ProcessStatus) -> bool:
+    """Return whether a process has ended in a way that ends the job.
+
+    Done, stopped after saving, and a rejected config do not.
+    """
+    if status.code is None:
+        return not status.is_alive
+    return status.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
+
+
+def write_signals(folder: Path, names: Iterable[str]) -> None:
+    """Note the signals that the launcher got, before it hands them on."""
+    # A full disk must not keep a signal back.
+    with contextlib.suppress(OSError):
+        (folder / SIGNALS_FILE).write_text(" ".join(names))
+
+
+def read_signals(folder: Path) -> frozenset[str]:
+    """Return the names of the signals that the launcher got."""
+    with contextlib.suppress(OSError):
+        return frozenset((folder / SIGNALS_FILE).read_text().split())
+    return frozenset()
 
 
 _own: dict[tuple[str, int], int] = {}

@@ -1,7 +1,7 @@
 """Process supervisor: forward signals to the processes of one machine, kill them after a failure.
 
-- Every signal goes to every process, as often as it comes. The launcher waits as long as the
-  processes need to save.
+- Every signal goes to every process, as often as it comes, and is noted before that. The launcher
+  waits as long as the processes need to save.
 - When a process dies, the others are killed after `GRACE_SECONDS`, even if they are stopped
   (SIGSTOP) and receive no signal. Those that report a running save keep torchrun's 30 seconds.
 - A thread does this, woken by the C-level half of Python's signal handling. The main thread may
@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_USAGE
-from k2train.launch.status import ProcessStatus, StatusBoard
+from k2train.errors import EXIT_FAILED
+from k2train.launch.status import ProcessStatus, StatusBoard, has_failed, write_signals
 from k2train.processes import descendants
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -53,6 +53,7 @@ class Supervisor:
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._signals: list[int] = []
+        self._noted = 0
         self._board: StatusBoard | None = None
         self._signals_sent: dict[int, int] = {}
         self._failed_at: float | None = None
@@ -88,7 +89,7 @@ class Supervisor:
         """Supervise the processes with status files in `folder` during the with statement."""
         with StatusBoard(folder) as board:
             with self._lock:
-                self._board, self._signals_sent = board, {}
+                self._board, self._signals_sent, self._noted = board, {}, 0
                 self._failed_at, self.killed = None, set()
             try:
                 yield
@@ -117,6 +118,11 @@ class Supervisor:
                 statuses = self._board.read()
                 if self._signals and not statuses:
                     self._abort(self._board.folder)
+                if len(self._signals) > self._noted:
+                    # First: torchrun ends the rest of a failed start by SIGTERM, too.
+                    names = (signal.Signals(number).name for number in self._signals)
+                    write_signals(self._board.folder, dict.fromkeys(names))
+                    self._noted = len(self._signals)
                 self._forward(statuses)
                 self._kill_leftovers(statuses)
 
@@ -175,16 +181,6 @@ class Supervisor:
 
         shutil.rmtree(folder, ignore_errors=True)
         os._exit(EXIT_FAILED)
-
-
-def has_failed(status: ProcessStatus) -> bool:
-    """Return whether a process has ended in a way that ends the job.
-
-    Done, stopped after saving, and a rejected config do not.
-    """
-    if status.code is None:
-        return not status.is_alive
-    return status.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

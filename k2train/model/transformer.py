@@ -25,7 +25,7 @@ from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
 from k2train.parallel.cross_entropy import IGNORE, VocabShard, vocab_parallel_cross_entropy
-from k2train.parallel.fused_cross_entropy import fused_cross_entropy
+from k2train.parallel.fused_cross_entropy import fused_cross_entropy, position_losses
 from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
@@ -204,22 +204,45 @@ class Stage(nn.Module):
         - Leaving these targets out: the number of targets would depend on the rows.
         """
         assert self.head is not None, "only the last stage has a loss"
+        labels, vocabulary = self._labels(targets), self._vocabulary()
+        if self.fused_loss:
+            return fused_cross_entropy(
+                hidden, self.head.output.weight, labels, vocabulary, scale, product=self.product
+            )
+        return self._unfused_losses(hidden, labels, vocabulary).sum() * scale
+
+    @torch.no_grad()
+    def row_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the summed loss of each row of a micro-batch, fp64 [b], without gradients.
+
+        Arguments and targets as in `loss`. Collective over tp.
+        """
+        assert self.head is not None, "only the last stage has a loss"
+        labels, vocabulary = self._labels(targets), self._vocabulary()
+        if self.fused_loss:
+            weight = self.head.output.weight
+            losses = position_losses(hidden, weight, labels, vocabulary, self.product)
+        else:
+            losses = self._unfused_losses(hidden, labels, vocabulary)
+        return losses.sum(dim=0, dtype=torch.float64)
+
+    def _unfused_losses(self, hidden: Tensor, labels: Tensor, vocabulary: VocabShard) -> Tensor:
+        logits, v = self.logits(hidden), vocabulary
+        return vocab_parallel_cross_entropy(logits, labels, v.start, v.size, self.tp)
+
+    @staticmethod
+    def _labels(targets: Tensor) -> Tensor:
+        """Labels [s, b] of targets [b, s]: position i gets target i+1, the last one IGNORE."""
         labels = torch.full_like(targets, IGNORE)
         labels[:, :-1] = targets[:, 1:]
+        return labels.t()
 
-        # The head's rows on this rank, padding left out.
-        output, size = self.head.output, self.architecture.vocab_size
+    def _vocabulary(self) -> VocabShard:
+        """The head's rows on this rank, padding left out."""
+        assert self.head is not None, "only the last stage has a head"
+        output = self.head.output
         start = output.slices["weight"][0].start
-        if self.fused_loss:
-            vocabulary = VocabShard(start, output.rows, size, self.tp)
-            return fused_cross_entropy(
-                hidden, output.weight, labels.t(), vocabulary, scale, product=self.product
-            )
-
-        return (
-            vocab_parallel_cross_entropy(output(hidden), labels.t(), start, size, self.tp).sum()
-            * scale
-        )
+        return VocabShard(start, output.rows, self.architecture.vocab_size, self.tp)
 
 
 def activation_shape(

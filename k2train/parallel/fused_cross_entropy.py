@@ -284,6 +284,36 @@ def fused_cross_entropy(
     Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (on a CPU;
     see `k2train.parallel.cross_entropy`) before any gradient is added.
     """
+    strips = _strips_of(labels, vocabulary, scale, strip, product)
+    return _FusedCrossEntropy.apply(hidden, weight, labels, strips, torch.is_grad_enabled())
+
+
+@torch.no_grad()
+def position_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    vocabulary: VocabShard,
+    product: Product | None = None,
+) -> Tensor:
+    """Return the loss of each position, fp32 [s, b], without gradients. Collective.
+
+    Arguments and labels as in `fused_cross_entropy`, which adds these numbers. Raises DataError.
+    """
+    strips = _strips_of(labels, vocabulary, 1.0, None, product)
+    x = all_gather(hidden, vocabulary.tp) if vocabulary.tp.sequence else hidden
+    losses = _StripLoss(x, weight, labels, strips, wants_x=False, wants_weight=False).run()
+    return losses.view(labels.shape)
+
+
+def _strips_of(
+    labels: Tensor,
+    vocabulary: VocabShard,
+    scale: float,
+    strip: int | None,
+    product: Product | None,
+) -> _Strips:
+    """Decide how the strips are computed. Raises DataError for a label outside the vocabulary."""
     refuse_bad_labels(labels, vocabulary.size)
     if strip is None:
         # By the widest rank's columns: one collective per strip, so all ranks must cut alike.
@@ -292,7 +322,4 @@ def fused_cross_entropy(
 
     if product is None or not product.exact:
         product = Product()
-    needs_grad = torch.is_grad_enabled()
-    return _FusedCrossEntropy.apply(
-        hidden, weight, labels, _Strips(vocabulary, scale, strip, product), needs_grad
-    )
+    return _Strips(vocabulary, scale, strip, product)

@@ -146,7 +146,8 @@ def start_process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
 
-    if not launch.launched:
+    # A world of one meets nobody, whoever started it.
+    if launch.world_size == 1:
         store: dist.Store = dist.HashStore()
     elif (path := store_file(launch.world_size)) is not None:
         store = dist.FileStore(str(path), launch.world_size)

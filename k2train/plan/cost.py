@@ -14,7 +14,6 @@ Alternatives considered:
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from k2train.plan.layout import Layout
@@ -153,44 +152,3 @@ def state_bytes(shape: ModelShape, layout: Layout, precision: str, pp: int = 0) 
     return StateBytes(
         weights, gradients, 8 * share if alone and precision == "fp32" else 12 * share
     )
-
-
-# (words that the device's name must contain, dense bf16 FLOP/s, source). The first match counts, so
-# special parts precede general ones. Dense: data sheets print twice as much "with sparsity".
-PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
-    (("A100",), 312e12, "NVIDIA A100 data sheet, BFLOAT16 Tensor Core"),
-    (("A800",), 312e12, "NVIDIA A800 data sheet, as A100"),
-    (("H100", "PCIE"), 756e12, "NVIDIA H100 data sheet, PCIe: 1,513 with sparsity"),
-    (("H100", "NVL"), 835.5e12, "NVIDIA H100 NVL data sheet: 1,671 with sparsity"),
-    (("H100",), 989.4e12, "NVIDIA H100 architecture paper, SXM5"),
-    (("H800", "PCIE"), 756e12, "NVIDIA H800 data sheet, PCIe, as H100: 1,513 with sparsity"),
-    (("H800",), 989.4e12, "NVIDIA H800 data sheet, SXM, as H100"),
-    (("H200", "NVL"), 835.5e12, "NVIDIA H200 data sheet, NVL: 1,671 with sparsity"),
-    (("H200",), 989.4e12, "NVIDIA H200 data sheet, SXM: 1,979 with sparsity"),
-    (("GH200",), 989.4e12, "NVIDIA GH200 data sheet: 1,979 with sparsity"),
-    (("H20",), 148e12, "NVIDIA H20 data sheet"),
-    (("GB200",), 2500e12, "NVIDIA GB200 NVL72 data sheet: 5,000 with sparsity a GPU"),
-    (("B200",), 2250e12, "NVIDIA HGX B200 data sheet: 4,500 with sparsity a GPU"),
-    (("L40S",), 362.05e12, "NVIDIA L40S data sheet"),
-    (("A40",), 149.7e12, "NVIDIA A40 data sheet"),
-    (("L4",), 121e12, "NVIDIA L4 data sheet: 242 with sparsity"),
-    (("A10",), 125e12, "NVIDIA A10 data sheet"),
-    (
-        ("MI250X",),
-        191.5e12,
-        "AMD Instinct MI250X data sheet: 383 for the two dies, of which each is a device",
-    ),
-    (("MI300X",), 1307.4e12, "AMD Instinct MI300X data sheet"),
-)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device, in FLOP/s, by its driver name; None when unknown.
-
-    Unknown devices, CPUs and MIG slices give None, never a guess: utilisation is then not reported.
-    Names match word by word, so that an A10 is no A100 and an H20 no H200.
-    """
-    words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
-    if "MIG" in words:
-        return None
-    return next((flops for required, flops, _ in PEAK_FLOPS if words.issuperset(required)), None)

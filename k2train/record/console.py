@@ -66,6 +66,7 @@ class Console:
         self._is_silent = False
         self._steps_seen = 0
         self._last_line = -math.inf
+        self._progress_shown: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pauses: deque[float] = deque(maxlen=RECENT_STEPS)
         self._pause_began: float | None = None
@@ -73,6 +74,7 @@ class Console:
     def step(self, record: StepRecord) -> None:
         """Show a finished step."""
         now = self._clock()
+        self._progress_shown = None
         self._measure(record, now)
         if self._is_live:
             self._draw(self._fit_to_terminal(record))
@@ -90,6 +92,25 @@ class Console:
         self._drawn = ""
         if drawn:
             self._draw(drawn)
+
+    def progress(self, text: str) -> None:
+        """Show what goes on between steps: a live line, or now and then a line in a log.
+
+        Short work leaves no line in a log. "" ends it, and clears the live line.
+        """
+        now = self._clock()
+        if self._is_live:
+            if text:
+                self._draw(f"{self._name} {text}"[: _columns(self._stream) - 1])
+            elif self._progress_shown is not None:
+                self._write("\r\x1b[K")
+                self._drawn = ""
+        elif text and self._progress_shown is not None:
+            if now - self._progress_shown < LINE_SECONDS:
+                return
+            self._write(f"{self._name} {text}\n")
+        # The first line of a log comes some seconds after the begin.
+        self._progress_shown = now if text else None
 
     def close(self) -> None:
         """Keep the last live line and move the cursor to a new line. Idempotent."""

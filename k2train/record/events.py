@@ -17,6 +17,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin
 
+from k2train.record.held_out import SetScore, SubsetScore
 from k2train.record.jsonl import NON_FINITE
 
 EVENTS: dict[str, type["Event"]] = {}
@@ -97,14 +98,20 @@ class Started(Event, name="started"):
     kernels: str
     memory: str | None = None
     data_manifest_sha256: str
+    data_content_sha256: str | None = None
     environment: dict[str, Any]
     config_sha256: str | None = None
+    precision: str | None = None
     fencing_token: int | None = None
     taken_over_from: Takeover | None = field(default=None, metadata=WRITE_NULL)
 
 
 class Resumed(Event, name="resumed"):
-    """A run continues from a checkpoint of its own; everything after `step` is undone."""
+    """A run continues from a checkpoint of its own; everything after `step` is undone.
+
+    Of the step after it, `rate_next` is the rate, and `rate_before` what the rate was to be by the
+    config of the checkpoint, whose stage had `total_steps_before`.
+    """
 
     attempt: int
     checkpoint: str
@@ -118,6 +125,11 @@ class Resumed(Event, name="resumed"):
     memory: str | None = None
     config_changes: tuple[str, ...]
     allowed: tuple[str, ...] | None = None
+    total_steps: int | None = None
+    rate_last: float | None = None
+    rate_next: float | None = None
+    total_steps_before: int | None = None
+    rate_before: float | None = None
     config_sha256: str | None = None
     fencing_token: int | None = None
     taken_over_from: Takeover | None = field(default=None, metadata=WRITE_NULL)
@@ -132,7 +144,11 @@ class Faults(Event, name="faults"):
 
 
 class StageTransition(Event, name="seam"):
-    """A stage starts from the last checkpoint of another run."""
+    """A stage starts from a checkpoint of another run.
+
+    `rate_before` is the last rate there, `rate_after` that of the first step of `total_steps` here.
+    `allowed` are changes of the model that were asked for by name.
+    """
 
     attempt: int
     parent: str
@@ -145,9 +161,14 @@ class StageTransition(Event, name="seam"):
     same_tokenizer: bool
     data_in_common: tuple[str, ...]
     sources_compared: bool
+    data_compared: str | None = None
     rate_before: float | None
     rate_after: float
     moments_kept: bool
+    total_steps: int | None = None
+    parent_finished: bool | None = None
+    parent_total_steps: int | None = None
+    allowed: tuple[str, ...] | None = None
 
 
 class ChunkStarted(Event, name="chunk_started"):
@@ -215,7 +236,10 @@ class Straggler(Event, name="straggler"):
 
 
 class CheckpointSaved(Event, name="checkpoint_saved"):
-    """A checkpoint is whole; `recovered` if a later start recorded it for a killed one."""
+    """A checkpoint is whole; `recovered` if a later start recorded it for a killed one.
+
+    `asked`: who asked for it, so that it is kept.
+    """
 
     checkpoint: str
     attempt: int
@@ -224,11 +248,13 @@ class CheckpointSaved(Event, name="checkpoint_saved"):
     consumed_tokens: int
     loss: float | None
     held_out_loss: float | None
+    held_out: tuple[SetScore, ...] | None = None
     bytes: int
     manifest_sha256: str
     seconds: float | None = None
     stalled_seconds: float | None = None
     recovered: bool | None = None
+    asked: str | None = None
 
 
 class SaveIntervalChosen(Event, name="save_interval"):
@@ -258,6 +284,14 @@ class CheckpointDamaged(Event, name="checkpoint_damaged"):
     attempt: int
     checkpoint: str
     problem: str
+
+
+class CheckpointRemoved(Event, name="checkpoint_removed"):
+    """A checkpoint inside a chunk was removed, since newer ones replace it."""
+
+    attempt: int
+    checkpoint: str
+    reason: str
 
 
 class Stopped(Event, name="stopped"):
@@ -312,6 +346,8 @@ class Entry:
 
 
 E = TypeVar("E", bound=Event)
+NESTED = (Takeover, SetScore, SubsetScore)
+"""Kinds of the objects inside events."""
 
 
 def of_kind(entries: Iterable[Entry], kind: type[E]) -> list[E]:
@@ -360,8 +396,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
         of, *more = get_args(kind)
         if more == [...] or len(value) == 1 + len(more):
             return tuple(_value(of, item, key) for item in value)
-    elif kind is Takeover and type(value) is dict:
-        return Takeover(**_values(Takeover, value))
+    elif kind in NESTED and type(value) is dict:
+        return kind(**_values(kind, value))
     elif kind is float and type(value) is str and value in NON_FINITE:
         return NON_FINITE[value]
     elif type(value) is int:

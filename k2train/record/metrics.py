@@ -82,15 +82,17 @@ class StepRecord(Record):
     applied: bool = True
     tokens_per_second: float = math.nan
     mfu: float | None = None
-    """Model FLOPs utilization of the dense bf16 peak, whatever the precision; None if unknown."""
+    """Model FLOPs utilization: of the dense peak at the precision `mfu_peak`; None if unknown."""
     seconds: float = math.nan
     peak_memory_bytes: int = 0
     state_root: str | None = None
     """Root of the state after the step, in the steps that record one."""
+    mfu_peak: str | None = None
+    """Precision of the peak that `mfu` is of: bf16, fp8 or fp32. Older files: bf16."""
 
     def row(self) -> Row:
         found = super().row()
-        for key in ("ids", "state_root"):
+        for key in ("ids", "state_root", "mfu_peak"):
             if found[key] is None:
                 del found[key]
         return found

@@ -23,6 +23,8 @@ ENDED_STATES = {
 In COMPLETING and SUSPENDED it still has processes, and from PENDING it can run again.
 """
 SQUEUE_SECONDS = 1.5
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID")
+"""Variables that batch systems (SLURM, PBS, LSF, Flux) set in the processes of a job."""
 PACKAGES = ("k2train", "torch", "numpy", "safetensors")
 PACKAGE_DIRECTORY = Path(__file__).resolve().parents[1]
 
@@ -66,6 +68,11 @@ def job_facts() -> dict[str, str]:
         "slurm_cluster": "SLURM_CLUSTER_NAME",
     }
     return {key: os.environ[name] for key, name in names.items() if name in os.environ}
+
+
+def in_batch_job() -> bool:
+    """Whether a batch system runs this process; any signal may then be its way to end a job."""
+    return any(name in os.environ for name in JOB_VARIABLES)
 
 
 def slurm_job_ended(job_id: str) -> bool | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from k2train.record.held_out import HeldOutRecord
 from k2train.record.metrics import StepRecord
 
 Mode = Literal["online", "offline", "disabled"]
@@ -80,6 +81,12 @@ class WandbMirror:
         """Mirror one step."""
         self._last_step = record.step
         self._put(record.row())
+
+    def score(self, record: HeldOutRecord) -> None:
+        """Mirror the held-out loss of a set, and of its subsets."""
+        losses = {f"held_out_loss/{record.set}": record.loss}
+        losses |= {f"held_out_loss/{record.set}/{k}": v for k, v in record.subsets.items()}
+        self._put({"step": record.step, **losses})
 
     def event(self, text: str) -> None:
         """Mirror one message at the step of the last row."""

@@ -3,7 +3,8 @@
 - It decides where flock does not reach: between two hosts of a shared file system. By
   `check`, a process that was stopped and resumed learns that the run has another owner by now.
 - Taking it creates the file of the next number, complete with its content, by a hard link. Exactly
-  one of many processes can do so on a local disk, NFS or Lustre.
+  one of many processes can do so on a local disk, NFS or Lustre. A file system without links
+  creates it by name (`files.create_once`): a reader that finds it short waits a moment.
 - The highest number counts. It is never reused, and stays on the disk after the end.
 - The holder renews a counter in its file.
 - A holder is replaced only when it is shown to be gone (see `process_identity`), never because time
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from k2train.errors import RunError
-from k2train.files import sync_directory
+from k2train.files import create_once, sync_directory
 from k2train.retry import is_passing
 from k2train.run_lock.process_identity import (
     JobEnded,
@@ -37,6 +38,8 @@ NAME = re.compile(r"lease_(\d{6,12})\.(json|ended)")
 RENEW_SECONDS = 0.5
 RENEWAL_WAIT_SECONDS = 1.6
 BLOCK_BYTES = 2048
+READS, READS_OF_EMPTY, READ_PAUSE_SECONDS = 10, 50, 0.03
+"""How often a half-written file is read again. Without hard links one may be empty for a moment."""
 
 
 class LeaseFile(NamedTuple):
@@ -202,23 +205,11 @@ class Lease:
     def _create(self, token: int) -> LeaseFile | None:
         """Create the file of `token` durably with its content; None when another process has it."""
         path = self.directory / f"lease_{token:06d}.json"
-        temporary = self.directory / f".lease_{uuid4().hex}.tmp"
-
         content = {"token": token, "released": False, "beat": 0, **own_identity(self.facts)}
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.pwrite(descriptor, _block(content), 0)
-            os.fsync(descriptor)
-            # The link publishes the complete file, or fails when the number is taken.
-            os.link(temporary, path)
-        except BaseException as error:
-            os.close(descriptor)
-            if isinstance(error, FileExistsError):
-                return None
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        temporary = self.directory / f".lease_{uuid4().hex}.tmp"
+        descriptor = create_once(path, _block(content), temporary)
+        if descriptor is None:
+            return None
 
         sync_directory(self.directory)
         self._lease_file = LeaseFile(token, path, False)
@@ -294,14 +285,18 @@ def read_holder(path: Path) -> ProcessIdentity | None:
     None when the content is not valid. Raises FileNotFoundError, and an OSError that may pass.
     """
     unread: OSError | None = None
-    for _ in range(10):
+    content = b""
+    for attempt in range(READS_OF_EMPTY):
+        if attempt >= READS and content:
+            break
         try:
-            holder = json.loads(_first_block(path))
+            content = _first_block(path)
+            holder = json.loads(content)
         except FileNotFoundError:
             raise
         except (OSError, ValueError, RecursionError) as error:
             unread = error if isinstance(error, OSError) and is_passing(error) else None
-            time.sleep(0.03)
+            time.sleep(READ_PAUSE_SECONDS)
             continue
         return holder if isinstance(holder, dict) and _is_whole(holder) else None
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from k2train.errors import RunError
-from k2train.retry import exists, is_passing, retried
+from k2train.retry import exists, is_passing, reason, retried
 from k2train.run_lock.lease import NAME, Lease, held_message, read_holder
 from k2train.run_lock.process_identity import JobEnded, ProcessIdentity, own_identity
 
@@ -57,6 +57,8 @@ class RunLock:
         self._descriptor: int | None = None
         self._created_directories: list[Path] = []
         self._created_file = False
+        self._step = ""
+        """What failed, should the next call of the file system do so."""
 
     @property
     def held(self) -> bool:
@@ -118,8 +120,9 @@ class RunLock:
             self._undo()
             if is_passing(error):
                 raise
+            # What failed is said of the step that failed: the lock may be fine.
             raise RunError(
-                f"{self.path} cannot be locked: {error.strerror}; choose another run.directory, on "
+                f"{self._step}: {reason(error, self.directory)}; choose another run.directory, on "
                 "a file system that you may write to"
             ) from None
 
@@ -157,6 +160,7 @@ class RunLock:
     def _try_acquire(self) -> bool:
         """Take lock and lease; False when the directory disappeared in between, to be retried."""
         self._descriptor = self._open_locked()
+        self._step = f"no lease can be written in {self.directory}"
         try:
             self._lease.take()
         except FileNotFoundError:
@@ -172,7 +176,9 @@ class RunLock:
 
     def _open_locked(self) -> int:
         while True:
+            self._step = f"{self.directory} cannot be created"
             self._make_directory()
+            self._step = f"{self.path} cannot be locked"
             # Only a file that this start created may be removed when it fails.
             self._created_file = not exists(self.path)
             try:
@@ -214,6 +220,7 @@ class RunLock:
 
     def _write_holder(self) -> None:
         assert self._descriptor is not None, "nothing to write to"
+        self._step = f"{self.path} cannot be written"
         holder = own_identity(self.facts) | {"token": self._lease.token}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(holder).encode() + b"\n", 0)

@@ -3,54 +3,109 @@
 - Runs alone or under torchrun (`python -m k2train.launch`).
 - Config and data mistakes are reported before torch is imported, once and not once per rank.
 - `--help` and such mistakes answer within a second. Everything that needs torch is behind the
-  project's one deferred import, `k2train.train.trainer`.
+  project's one deferred import, `k2train.train.run`.
 - Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving,
-  run the same command again; 1 any other failure.
+  run the same command again; 130 a second Ctrl-C; 1 any other failure.
+- A signal during a start ends it at once, with 75: there is nothing to save yet. A signal by which
+  a launcher ends what is left of a failed start gives 1.
 """
 
 import argparse
 import importlib
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from k2train import fault_injection, retry
-from k2train.command_line import Parser, readers_may_leave
-from k2train.config.load import Config, explain, load_config
-from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE, UnavailableError, UserError
-from k2train.guard.stop_signals import StopRequest
-from k2train.launch.environment import Launch, read_faults, read_launch, write_status
+from k2train.command_line import (
+    Parser,
+    locale_problem,
+    readers_may_leave,
+    show_any_character,
+)
+from k2train.config.load import explain, load_config
+from k2train.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    UnavailableError,
+    UserError,
+)
+from k2train.guard.control_files import STOP_FILE, ControlFiles
+from k2train.guard.stop_signals import StopAsked, StopRequest
+from k2train.launch.environment import (
+    ANOTHER_FAILED,
+    Launch,
+    read_faults,
+    read_launch,
+    was_asked_to_stop,
+    write_status,
+)
 from k2train.record.system_info import job_facts, slurm_job_ended
+from k2train.retry import exists_retried
 from k2train.run_lock.lock import RunLock
-from k2train.train.preflight import Start, prepare_start, run_directory
+from k2train.text import counted
+from k2train.train.held_out_sets import held_out_sets
+from k2train.train.preflight import Start, check_data, prepare_start, run_directory
+from k2train.train.start_notes import bf16_note, evaluation_note
 
+CONTINUE = "run the same command again to continue"
 OTHER_RANKS_DELAY_SECONDS = 5.0
 """Other ranks report an error this late, so that the launcher can end them first."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    options = _parse(arguments)
+    show_any_character()
+    with readers_may_leave():
+        code, at_once = _outcome(_parse(arguments))
+    if at_once:
+        # Threads may wait for other ranks, or abort at a usual exit because those are gone.
+        os._exit(code)
+    return code
+
+
+def _outcome(options: argparse.Namespace) -> tuple[int, bool]:
+    """Run a command; return the exit code, and whether to leave without the usual exit."""
     launch = Launch(0, 1, 0, launched=False)
-    code = EXIT_FAILED
+    code, at_once = EXIT_FAILED, False
+    stop = StopRequest()
 
     try:
+        if not options.explain:
+            stop.install().begin_start()
         launch = read_launch()
         write_status(launch.rank, None)
         if options.explain:
-            with readers_may_leave():
-                print(explain(options.config, options.overrides))
-            _explain_faults(load_config(options.config, options.overrides))
+            _explain(options.config, options.overrides)
             code = EXIT_DONE
         else:
-            code = _train(options.config, options.overrides, launch)
+            code = _train(options.config, options.overrides, launch, stop)
     except UserError as error:
+        stop.restore()
         code = report_error(error, launch)
+    except UnicodeEncodeError as error:
+        stop.restore()
+        if not (problem := locale_problem(error)):
+            raise
+        code = report_error(UserError(problem), launch)
     except UnavailableError as error:
+        stop.restore()
         report_error(error, launch)
         code = EXIT_FAILED
+    except StopAsked as asked:
+        code, at_once = _ended_start(asked, launch), launch.world_size > 1
+    except KeyboardInterrupt:
+        code, at_once = EXIT_INTERRUPTED, True
+        if launch.local_rank == 0:
+            _say(f"interrupted: ended without saving; {CONTINUE}")
     except OSError as error:
+        stop.restore()
         # Any other call that the environment refused, too, is worth another start.
         if not retry.is_passing(error):
             raise
@@ -60,7 +115,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = EXIT_FAILED
     finally:
         write_status(launch.rank, code)
-    return code
+        stop.restore()
+    return code, at_once
+
+
+def _ended_start(asked: StopAsked, launch: Launch) -> int:
+    """Say on rank 0 why a signal or a STOP file ended the start; return the exit code."""
+    requested = was_asked_to_stop(str(asked))
+    if launch.rank == 0:
+        _say(
+            f"stopped on request ({asked}) before the first step; {CONTINUE}"
+            if requested
+            else f"{asked} before the first step: {ANOTHER_FAILED}"
+        )
+    return EXIT_STOPPED if requested else EXIT_FAILED
+
+
+def _say(text: str) -> None:
+    print(f"k2train: {text}", file=sys.stderr, flush=True)
 
 
 def report_error(error: UserError | UnavailableError, launch: Launch) -> int:
@@ -84,7 +156,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m k2train.train",
         description="Train a model from one YAML config, alone or under torchrun.",
         epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; "
-        "75 stopped on request after saving; 1 any other failure.",
+        "75 stopped on request after saving; 130 a second Ctrl-C; 1 any other failure.",
     )
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
@@ -102,15 +174,33 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _explain_faults(config: Config) -> None:
-    """Say that faults are armed. Raises RunError, as a start does, where nobody permitted them."""
+def _explain(path: str, overrides: Sequence[str]) -> None:
+    """Print every value and where it was set, and what a start would say of data and settings.
+
+    Says that faults are armed. Raises RunError, as a start does, where nobody permitted them.
+    Raises DataError or ConfigError where the data are there and do not fit.
+    """
+    print(explain(path, overrides))
+    config = load_config(path, overrides)
+    notes = [bf16_note(config)]
+    # A config is often explained on a machine that does not have its data.
+    if exists_retried(Path(config.data.manifest)):
+        manifest, order = check_data(config)
+        print(f"# {manifest.path}: {counted(len(order.names), 'chunk')}, {order.total_steps} steps")
+        notes.append(evaluation_note(config, held_out_sets(config, manifest), order))
+    else:
+        print(f"# {config.data.manifest}: not there, so nothing is said of the data")
+    for note in filter(None, notes):
+        _say(note)
     fault_injection.require_permission(read_faults(), config.run.allow)
     if faults := fault_injection.parse(read_faults()):
         armed = "; ".join(fault.text for fault in faults)
-        print(f"k2train: faults on purpose, permitted by run.allow: {armed}", file=sys.stderr)
+        _say(f"faults on purpose, permitted by run.allow: {armed}")
 
 
-def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
+def _train(path: str, overrides: Sequence[str], launch: Launch, stop: StopRequest) -> int:
+    # One rank confirms a signal.
+    stop.announce = launch.rank == 0
     config = load_config(path, overrides)
     retry.tell_only(launch.local_rank == 0)
     fault_injection.require_permission(read_faults(), config.run.allow)
@@ -120,29 +210,32 @@ def _train(path: str, overrides: Sequence[str], launch: Launch) -> int:
     # Only rank 0 locks the run directory; one rank per machine hashes the data.
     if launch.rank != 0:
         start = prepare_start(config, launch.world_size, verify=launch.local_rank == 0)
-        return _run(launch, start, None)
+        return _run(launch, start, stop, None)
 
-    lock.acquire()
+    files = ControlFiles(lock.directory)
     try:
+        # A signal meanwhile would leave a lease that nobody releases.
+        with stop.held():
+            lock.acquire()
+        # One from earlier refuses the start; one that comes from here on ends it.
+        files.refuse_start()
+        files.watch_start(lambda: stop.starting, stop.ask)
         fault_injection.point("start.locked")
         start = prepare_start(config, launch.world_size, verify=True)
-        return _run(launch, start, lock)
+        return _run(launch, start, stop, lock)
+    except StopAsked as asked:
+        if str(asked) == STOP_FILE:
+            files.done("STOP")
+        raise
     finally:
         lock.release(discard_if_empty=True)
 
 
-def _run(launch: Launch, start: Start, lock: RunLock | None) -> int:
-    stop = StopRequest(announce=launch.rank == 0)
-    try:
-        # Under a launcher the handlers are installed once the ranks have met. Until then a rank
-        # that waits for a missing one must die of a signal, and there is nothing to save yet.
-        if not launch.launched:
-            stop.install()
-        return int(
-            importlib.import_module("k2train.train.trainer").train(launch, start, stop, lock)
-        )
-    finally:
-        stop.restore()
+def _run(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
+    # An error raised in the midst of torch's import aborts the process.
+    with stop.held():
+        trainer = importlib.import_module("k2train.train.run")
+    return int(trainer.train(launch, start, stop, lock))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Per-rank batches of the training steps and of the held-out chunk, on the device.
+"""Per-rank batches of the training steps and of held-out sets, on the device.
 
 - If any rank finds a damaged chunk, all ranks raise the same error. A rank that left alone would
   leave the others waiting in their next collective.
@@ -13,15 +13,17 @@ from functools import partial
 
 from pydantic import TypeAdapter
 
+from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.data.chunk import ChunkIdentity
 from k2train.data.fed_ids import MASK, agreed_ids, flags_of, sum_of_rows
-from k2train.data.loader import Loader, MicroBatch, Share
+from k2train.data.loader import HeldOutLoader, Loader, MicroBatch, Share
 from k2train.data.order import rank_rows
 from k2train.errors import DataError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.processes import file_system_view
 from k2train.train.engine import Engine
+from k2train.train.held_out_sets import held_out_facts, row_subsets
 from k2train.train.monitor import DamageError
 from k2train.train.preflight import Start
 
@@ -44,21 +46,35 @@ class BatchSource:
     def __init__(self, start: Start, grid: ProcessGrid, verify: bool):
         config = start.setup.config
         self.grid, self.order, self._agreement = grid, start.order, Agreement(grid)
-        self._max_held_out_batches = config.data.held_out_batches
+        share = Share(grid.dp.rank, grid.dp.size, config.batch.micro_sequences)
+        block, most = start.setup.block, start.setup.num_microbatches
         self.loader = Loader(
-            start.manifest,
-            start.order,
-            Share(grid.dp.rank, grid.dp.size, config.batch.micro_sequences),
-            config.model.vocab_size,
-            verify=verify,
-            documents=start.setup.block,
+            start.manifest, start.order, share, config.model.vocab_size, verify, block
         )
+        self.held_out = [HeldOutLoader(part, share, most, verify, block) for part in start.held_out]
+        self._row_subsets: dict[str, list[str]] = {}
+        """Subset of each scored row, by set; known to rank 0."""
+        self.message: Callable[[str], None] = lambda text: None
+        """Called with a line for the console."""
         self.fed_ids: list[float] = []
         """This rank's part of the hash of the ids of the last step, for the step's exchange."""
 
     def report_to(self, progress: Callable[[], None]) -> None:
         """Call `progress` while a step waits for a chunk to be hashed."""
         self.loader.report_to(progress)
+        for loader in self.held_out:
+            loader.report_to(progress)
+
+    def read_subsets(self, progress: Callable[[], None]) -> None:
+        """Read on rank 0 to which subset each scored row belongs; `progress` as files are hashed.
+
+        Part of the start. Later the other ranks would wait, in a phase with a shorter limit.
+        """
+        for loader in self.held_out if self.grid.rank == 0 else ():
+            name = loader.set.name
+            self._row_subsets[name], why = row_subsets(loader.set, progress)
+            if why:
+                self.message(f"held-out set {name}: no loss by subset: {why}")
 
     def step(self, step: int, first: bool, needed: bool) -> list[MicroBatch]:
         """Micro-batches of this rank for one step; empty if not `needed`.
@@ -69,7 +85,7 @@ class BatchSource:
         """
         position = self.order.position(step)
         opens = position.name if first or position.step_in_chunk == 0 else ""
-        batch = self._read_agreed(partial(self.loader.step, step), opens, needed)
+        batch = self._read_agreed(partial(self.loader.step, step), self.loader, opens, needed)
         self.fed_ids = self._fed_ids(batch, needed)
         return [part.to(self.grid.device) for part in batch]
 
@@ -100,36 +116,42 @@ class BatchSource:
         counts = self.grid.tp.rank == 0 and self.grid.coordinate.pp == 0
         return flags_of(total, counts)
 
-    def held_out_loss(
+    def score(
         self, engine: Engine, progress: Callable[[], None] = lambda: None
-    ) -> float | None:
-        """Mean loss over the held-out chunk (nats per target); None when the data has none.
+    ) -> tuple[HeldOutFacts, ...]:
+        """Score every held-out set with the weights of `engine`; collective.
 
-        Collective. `progress` is called after each batch.
+        Rank 0 knows the losses by subset, too. `progress` is called after each batch.
         """
-        batches = self.loader.num_held_out_batches()
-        batches = (
-            batches
-            if self._max_held_out_batches is None
-            else min(batches, self._max_held_out_batches)
-        )
+        return tuple(self._score(loader, engine, progress) for loader in self.held_out)
 
-        held_out, losses = self.loader.manifest.held_out, []
-        for index in range(batches):
-            batch = self._read_agreed(
-                partial(self.loader.held_out, index),
-                held_out.name if held_out and index == 0 else "",
-                engine.needs_batch,
+    def _score(
+        self, loader: HeldOutLoader, engine: Engine, progress: Callable[[], None]
+    ) -> HeldOutFacts:
+        losses: list[float] = []
+        for index, batch in enumerate(loader.batches):
+            parts = self._read_agreed(
+                partial(loader.read, index), loader, loader.opens(index), engine.needs_batch
             )
-            losses.append(engine.evaluate([part.to(self.grid.device) for part in batch]))
+            on_device = [part.to(self.grid.device) for part in parts]
+            rows = engine.row_losses(on_device, batch.num_microbatches)
+            # What was filled up does not count.
+            losses += rows[: len(batch.rows)].tolist()
             progress()
-        return sum(losses) / batches if batches else None
+        return held_out_facts(loader.set, losses, self._row_subsets.get(loader.set.name, []))
 
     def close(self) -> None:
         """Stop the loader's threads."""
         self.loader.close()
+        for loader in self.held_out:
+            loader.close()
 
-    def _agree(self, problem: DataError | UnavailableError | None, opens: str) -> None:
+    def _agree(
+        self,
+        problem: DataError | UnavailableError | None,
+        loader: Loader | HeldOutLoader,
+        opens: str,
+    ) -> None:
         """Raise the first rank's problem on every rank, or that they do not read the same file."""
         mine = problem if isinstance(problem, UnavailableError) else str(problem or "")
         try:
@@ -141,7 +163,7 @@ class BatchSource:
 
         # One rank of a machine hashed the file. The others must have opened that one.
         told = self._agreement.all(
-            (file_system_view(), self.loader.identity(opens)), _OPENED, "agree on a chunk"
+            (file_system_view(), loader.identity(opens)), _OPENED, "agree on a chunk"
         )
         known: dict[str, ChunkIdentity] = {}
         for rank, (view, opened) in enumerate(told):
@@ -153,9 +175,13 @@ class BatchSource:
                 )
 
     def _read_agreed(
-        self, read: Callable[[], list[MicroBatch]], opens: str, needed: bool
+        self,
+        read: Callable[[], list[MicroBatch]],
+        loader: Loader | HeldOutLoader,
+        opens: str,
+        needed: bool,
     ) -> list[MicroBatch]:
-        """Read; `opens` is the name of a chunk that is opened here, "" for none."""
+        """`read` from `loader`; `opens` is the name of a chunk that it opens here, "" for none."""
         problem: DataError | UnavailableError | None = None
         batch = list[MicroBatch]()
         try:
@@ -169,5 +195,5 @@ class BatchSource:
             problem = error
 
         if opens or problem is not None:
-            self._agree(problem, opens)
+            self._agree(problem, loader, opens)
         return batch

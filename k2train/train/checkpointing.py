@@ -7,6 +7,7 @@
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from k2train.checkpoint.manifest import (
     SaveFacts,
     read_manifest,
 )
-from k2train.checkpoint.run_facts import ForwardAnswer, LayoutFacts, RunIdentity
+from k2train.checkpoint.run_facts import ForwardAnswer, HeldOutFacts, LayoutFacts, RunIdentity
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
 from k2train.checkpoint.writer import CheckpointWriter
+from k2train.data.held_out import OWN
 from k2train.errors import CheckpointError
 from k2train.guard.failure_history import SaveCost
 from k2train.guard.save_interval import SaveInterval, SaveTimer
@@ -57,6 +59,13 @@ def _interval_event(chosen: SaveInterval, attempt: int, step: int) -> SaveInterv
     )
 
 
+def _rope_theta(manifest: CheckpointManifest) -> float | None:
+    """Base of the positions that a checkpoint's run computed with; None if it does not say."""
+    model = manifest.config.get("model")
+    theta = model.get("rope_theta") if isinstance(model, dict) else None
+    return float(theta) if isinstance(theta, int | float) else None
+
+
 class CheckpointManager(SaveEvents):
     """Checkpoints of one rank: of this engine, told to monitor and logger. `lock` is rank 0's."""
 
@@ -72,7 +81,11 @@ class CheckpointManager(SaveEvents):
         self.monitor, self.logger, self.lock = monitor, logger, lock
         c = self.config.checkpoint
         policy = SavePolicy(
-            c.keep_optimizer_states, c.asynchronous, c.retry_seconds, c.verify_every_seconds
+            c.keep_optimizer_states,
+            c.asynchronous,
+            c.retry_seconds,
+            c.verify_every_seconds,
+            None if c.keep_asked == "all" else c.keep_asked,
         )
         self.writer = CheckpointWriter(start.checkpoints, engine.grid, policy, self)
         self._began, self._stalled, self._took = time.monotonic(), 0.0, 0.0
@@ -143,7 +156,9 @@ class CheckpointManager(SaveEvents):
         optimizer.adam_steps = manifest.adam_steps if kept else 0
         optimizer.write_parameters()
 
-        problem = forward_check_problem(manifest.probe, run_forward_check(engine))
+        # The weights answer as they were saved: with the base of the positions of that run.
+        with engine.rope_theta(_rope_theta(manifest) or self.config.model.rope_theta):
+            problem = forward_check_problem(manifest.probe, run_forward_check(engine))
         if problem is not None and "probe" not in self.config.run.allow:
             raise CheckpointError(
                 f"{path} was loaded, but the model does not compute what was saved: {problem}; "
@@ -180,12 +195,16 @@ class CheckpointManager(SaveEvents):
         except RefusedCheckpointError as error:
             raise CheckpointError(f"run.init_from: {error}") from None
 
-    def save(self, name: str, state: TrainState, held_out_loss: float | None) -> None:
+    def save(self, name: str, state: TrainState, held_out: Sequence[HeldOutFacts] | None) -> None:
         """Start a save, or complete it when saving is synchronous; collective.
+
+        `held_out` are the scores of these weights; None where they were not scored.
 
         Raises DamageError when data-parallel replicas disagree in the forward check.
         Raises SaveError when the save before this one failed.
         """
+        # Before the wait: the save before, which ends in it, does not meet a request of now.
+        asked = self.monitor.asked(name)
         # The save before may take long; what the ranks then do together (check, copy) may not.
         self.wait(state.step)
         engine, self._began = self.engine, time.monotonic()
@@ -201,7 +220,7 @@ class CheckpointManager(SaveEvents):
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
         state.adam_steps = engine.optimizer.adam_steps
-        facts = self._facts(state, held_out_loss, probe)
+        facts = self._facts(state, held_out, probe, asked)
         self._stalled = time.monotonic() - self._began
         self.writer.save(name, frozen, facts)
 
@@ -213,7 +232,11 @@ class CheckpointManager(SaveEvents):
         self.monitor.saving(False)
 
     def _facts(
-        self, state: TrainState, held_out_loss: float | None, probe: ForwardAnswer
+        self,
+        state: TrainState,
+        held_out: Sequence[HeldOutFacts] | None,
+        probe: ForwardAnswer,
+        asked: str | None,
     ) -> SaveFacts:
         """Build the content of the manifest, but for what the writer adds: names and hashes."""
         config, start, order, data = self.config, self.start, self.start.order, self.start.manifest
@@ -225,7 +248,10 @@ class CheckpointManager(SaveEvents):
             # A number that is not finite has no JSON form of its own.
             **json_value(state.to_json()),
             attempt=self.logger.attempt,
-            held_out_loss=held_out_loss,
+            asked=asked,
+            held_out_loss=next((part.loss for part in held_out or () if part.name == OWN), None),
+            # Without a set to score, as in older versions.
+            held_out=tuple(held_out or ()) or None,
             lr=start.setup.learning_rate(state.step, order.total_steps) if state.step else None,
             consumed_tokens=state.step * start.setup.step_tokens,
             chunks=DataPosition(
@@ -236,6 +262,7 @@ class CheckpointManager(SaveEvents):
             data=DataFacts(
                 manifest=str(data.path),
                 manifest_sha256=data.sha256,
+                content_sha256=data.content_sha256,
                 tokenizer_sha256=data.tokenizer_sha256,
                 vocab_size=data.vocab_size,
                 sequence_length=data.sequence_length,
@@ -258,12 +285,15 @@ class CheckpointManager(SaveEvents):
             self.lock.check()
 
     def committed(self, path: Path, manifest: CheckpointManifest) -> None:
-        self.monitor.saved()
+        self.monitor.saved(path.name)
         self._took = time.monotonic() - self._began
         stalled = self._stalled if self.config.checkpoint.asynchronous else None
         if stalled is not None:
             self.timer.saved(SaveCost(stalled, self._took))
         self.logger.committed(path, manifest, self._took, stalled)
+
+    def removed(self, path: Path, why: str) -> None:
+        self.logger.removed(path, why)
 
     def verified(self, path: Path) -> None:
         self.logger.verified(path)

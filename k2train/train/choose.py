@@ -12,11 +12,13 @@ from k2train import fault_injection
 from k2train.checkpoint.load import agree_on_checkpoint
 from k2train.checkpoint.manifest import CheckpointManifest, read_manifest
 from k2train.checkpoint.verify import no_progress
+from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError
 from k2train.parallel.grid import ProcessGrid
 from k2train.text import counted
 from k2train.train.preflight import Start
 from k2train.train.resume_check import check_same_run
+from k2train.train.start_point import is_unscored_end
 
 SHOWN = 3
 """Refused checkpoints that a message names, newest first."""
@@ -37,6 +39,12 @@ class Chosen:
     def step(self) -> int:
         """Step to continue from."""
         return 0 if self.manifest is None else self.manifest.step
+
+    def finishes(self, order: ChunkOrder) -> bool:
+        """Whether the stage is finished with it: nothing to train, and nothing to score."""
+        if self.manifest is None or is_unscored_end(self.manifest):
+            return False
+        return self.step >= order.total_steps
 
 
 def choose_checkpoint(
@@ -97,7 +105,7 @@ def _choose(
 
     allowed = check_same_run(path, start.identity, start.setup.config.run.allow)
     chosen = Chosen(path, read_manifest(path), refused, tuple(allowed))
-    if chosen.step < start.order.total_steps:
+    if not chosen.finishes(start.order):
         return chosen
 
     # Nothing will be loaded, so its content is checked now.

@@ -7,7 +7,9 @@
 - Every rank decides whether to apply or skip a step from the same sums, so all decide alike.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +18,13 @@ from torch import Tensor
 from k2train import fault_injection
 from k2train.data.loader import MicroBatch
 from k2train.fault_injection import VALUES
+from k2train.model.architecture import Architecture
 from k2train.model.initialize import attach_rotary, initialize, materialize
 from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.transformer import Stage, activation_shape
 from k2train.optim.adamw import Hyperparameters, ShardedAdamW
 from k2train.optim.grad_norm import SquareSums, StepDecision, decide_step
+from k2train.parallel.collectives import all_reduce
 from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import Axis, ProcessGrid
@@ -34,6 +38,7 @@ from k2train.train.fault_values import (
 )
 from k2train.train.setup import Setup
 
+_OWN_LABELS = "with labels of their own the number of targets does not follow from the config"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -101,7 +106,9 @@ class Engine:
         """Called when a step enters a phase: `forward`, `reduce` or `update`."""
         self.architecture, self.kernels = setup.architecture, kernels_of(setup, grid.device)
         self.names = self.architecture.tensor_names()
-        self.dtype = DTYPES[setup.config.precision]
+        assert setup.config.precision != "auto", "the precision is decided before the engine"
+        self.precision = setup.config.precision
+        self.dtype = DTYPES[self.precision]
         self.tp, self.dp = axes_of(setup, grid)
 
         self.stages = self._build_stages()
@@ -120,8 +127,7 @@ class Engine:
             initialize(modules, setup.config.run.seed, self.optimizer.set_master)
 
         self.program = setup.programs[grid.coordinate.pp]
-        # Evaluation runs the forwards of the same schedule, with transfers of their own.
-        self.forward_program = _forward_only(setup.programs, grid.layout)[grid.coordinate.pp]
+        self._forward_programs: dict[int, Program] = {}
         work = {stage: module.weight_grad_store for stage, module in self.stages.items()}
         self.executor = Executor(self.stages, grid.layout.num_stages, grid.pp, grid.device, work)
         self.shape = activation_shape(
@@ -185,10 +191,44 @@ class Engine:
 
         `targets` as in `train_step`. Changes no state.
         """
-        loss = self._run(self.forward_program, batch, targets)
-        # There are no gradients; the exchange still shares the loss with all ranks.
-        no_squares = torch.zeros(len(self.names), dtype=torch.float64, device=self.grid.device)
-        return self._decide(no_squares, loss, ()).read().loss
+        assert targets is not None or all(part.labels is None for part in batch), _OWN_LABELS
+        losses = self.row_losses(batch, self.setup.num_microbatches)
+        return math.fsum(losses.tolist()) / (targets or self.setup.targets)
+
+    def row_losses(self, batch: Sequence[MicroBatch], num_microbatches: int) -> Tensor:
+        """Return the summed loss of each row, fp64 [rows] in host memory, without gradients.
+
+        Rows are those of all data-parallel ranks in their order, `num_microbatches` from each of
+        them, which are at most those of a step. Equal on every rank; collective. Changes no state.
+        """
+        self._check_batch(batch, num_microbatches)
+        last = self.stages.get(self.grid.layout.num_stages - 1)
+
+        def loss(hidden: Tensor, microbatch: int) -> Tensor:
+            assert last is not None, "only the last stage has a loss"
+            return last.row_losses(inject_output_fault(hidden), batch[microbatch].targets)
+
+        found = self.forward(self.forward_program(num_microbatches), batch, loss)
+        share = num_microbatches * self.config.batch.micro_sequences
+        rows = torch.zeros(self.grid.dp.size, share, dtype=torch.float64, device=self.grid.device)
+        if found:
+            # Multiplied by 0, not left out: see `_run`.
+            rows[self.grid.dp.rank] = torch.cat(found) * float(self.grid.tp.rank == 0)
+
+        # Every row is of one rank, and the others add exact zeros: no layout changes a bit of it.
+        all_reduce(rows, self.grid.stage)
+        all_reduce(rows, self.grid.pp)
+        with wait_scope(self.grid.comm, "the device"):
+            return rows.flatten().cpu()
+
+    def forward_program(self, num_microbatches: int) -> Program:
+        """Return this rank's program of the schedule's first forwards, with their transfers."""
+        found = self._forward_programs.get(num_microbatches)
+        if found is None:
+            setup, pp = self.setup, self.grid.coordinate.pp
+            programs = _forward_only(setup.programs, num_microbatches, self.grid.layout)
+            found = self._forward_programs[num_microbatches] = programs[pp]
+        return found
 
     def forward(
         self,
@@ -214,16 +254,8 @@ class Engine:
 
     def _run(self, program: Program, batch: Sequence[MicroBatch], targets: int | None) -> Tensor:
         """Return this rank's part of the mean loss: 0 where another rank counts it."""
-        assert len(batch) == self.setup.num_microbatches or not self.needs_batch, (
-            f"{len(batch)} micro-batches, planned {self.setup.num_microbatches}"
-        )
-        assert all((part.documents is not None) == self.setup.block for part in batch), (
-            f"documents are {'missing' if self.setup.block else 'given'}, but "
-            f"data.cross_documents is {self.config.data.cross_documents}"
-        )
-        assert targets is not None or all(part.labels is None for part in batch), (
-            "with labels of their own the number of targets does not follow from the config"
-        )
+        self._check_batch(batch, self.setup.num_microbatches)
+        assert targets is not None or all(part.labels is None for part in batch), _OWN_LABELS
         last = self.stages.get(self.grid.layout.num_stages - 1)
         scale = 1.0 / (targets or self.setup.targets)
 
@@ -240,6 +272,15 @@ class Engine:
         # rank must stop the step too.
         return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
+    def _check_batch(self, batch: Sequence[MicroBatch], num_microbatches: int) -> None:
+        assert len(batch) == num_microbatches or not self.needs_batch, (
+            f"{len(batch)} micro-batches, planned {num_microbatches}"
+        )
+        assert all((part.documents is not None) == self.setup.block for part in batch), (
+            f"documents are {'missing' if self.setup.block else 'given'}, but "
+            f"data.cross_documents is {self.config.data.cross_documents}"
+        )
+
     def _decide(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepDecision:
         clip_norm = self.config.optimizer.clip_norm
         return decide_step(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
@@ -247,13 +288,21 @@ class Engine:
     def _build_stages(self) -> dict[int, Stage]:
         layout = self.grid.layout
         stages = {stage: self._build_stage(stage) for stage in layout.stages_of(self.grid.pp.rank)}
-        attach_rotary(
-            list(stages.values()),
-            self.architecture,
-            self.config.data.sequence_length,
-            self.grid.device,
-        )
+        self._attach_rotary(stages, self.architecture)
         return stages
+
+    @contextmanager
+    def rope_theta(self, theta: float) -> Iterator[None]:
+        """Compute with another base of the positions, within the context."""
+        self._attach_rotary(self.stages, replace(self.architecture, rope_theta=theta))
+        try:
+            yield
+        finally:
+            self._attach_rotary(self.stages, self.architecture)
+
+    def _attach_rotary(self, stages: Mapping[int, Stage], architecture: Architecture) -> None:
+        length = self.config.data.sequence_length
+        attach_rotary(list(stages.values()), architecture, length, self.grid.device)
 
     def _build_stage(self, stage: int) -> Stage:
         layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)
@@ -283,6 +332,12 @@ class Engine:
         return optimizer
 
 
-def _forward_only(programs: Sequence[Program], layout: Layout) -> tuple[Program, ...]:
-    forwards = tuple(tuple(a for a in program if a.op is Op.FORWARD) for program in programs)
+def _forward_only(
+    programs: Sequence[Program], num_microbatches: int, layout: Layout
+) -> tuple[Program, ...]:
+    """The forwards of the first micro-batches, in the order of the schedule."""
+    forwards = tuple(
+        tuple(a for a in program if a.op is Op.FORWARD and a.microbatch < num_microbatches)
+        for program in programs
+    )
     return insert_transfers(forwards, layout)

@@ -183,7 +183,7 @@ def _signature(engine: Engine) -> SignatureFacts:
         sequence=engine.setup.sequence,
         symmetric_memory=parallel.symmetric_memory,
         micro_sequences=engine.config.batch.micro_sequences,
-        precision=engine.config.precision,
+        precision=engine.precision,
         kernels=str(engine.kernels),
         torch=str(torch.__version__),
         device=_device_name(grid),

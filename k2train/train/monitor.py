@@ -12,16 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from k2train import fault_injection
-from k2train.guard.control_files import ControlFiles
-from k2train.guard.stop_signals import StopRequest
+from k2train.guard.control_files import STOP_FILE, ControlFiles, SaveRequest
+from k2train.guard.stop_signals import FINISHING_STEP, PERSONS_SIGNALS, StopRequest
 from k2train.guard.stragglers import Stragglers
 from k2train.launch.environment import write_status
+from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
-from k2train.record.system_info import job_facts
+from k2train.record.system_info import in_batch_job, job_facts
 from k2train.train.engine import Engine
 from k2train.train.setup import Setup
 from k2train.watchdog.failure_report import read_report
@@ -35,8 +38,17 @@ PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
 """Indices of the flags in the step's exchange; from `SECONDS` on one per rank."""
-STOP_FILE = "STOP file"
-"""Stop reason if a file requested it. Any other reason is a signal, and a kill may follow."""
+SAVE_ASKED = 2.0
+"""Value of the flag of saves when somebody asked for one; 1 when only the time has come."""
+SAVE_FILE = "SAVE file"
+"""Who asked for a save if a file did."""
+ANOTHER_RANK = "signal on another rank"
+"""Stop reason on a rank that got none itself."""
+FINISHING = {
+    "evaluate": "ending the evaluation, then saving what is not saved yet",
+    "save": "finishing the save",
+}
+"""Phase -> what is done after a signal, unless it is a phase of a step."""
 
 
 class Agreed(NamedTuple):
@@ -44,7 +56,9 @@ class Agreed(NamedTuple):
 
     stop: str | None
     """Reason to stop, None to go on."""
-    save: bool
+    save_asked: bool
+    save_due: bool
+    """Whether a save was asked for, or it is time for one."""
     failed: bool
     """Whether a rank could not save or record."""
     slow: str | None
@@ -97,9 +111,13 @@ class RunMonitor:
         self.previous_end: PreviousEnd | None = None
         """How an earlier start ended, if it could not record it itself; on rank 0."""
         self._begun = False
+        self._is_in_job = in_batch_job()
         self._saving = False
-        self._save_requested = False
+        self._save_request, self._stop_file = SaveRequest(), False
         self._own_seconds = self._blocked_before = 0.0
+        self._shared: list[float] | None = None
+        """Where a late request to stop is entered, until the step's exchange."""
+        self._shared_from = 0
 
     def begin(self, attempt: int = 0) -> None:
         """Start the watchdog and read an earlier start's failure report, in the first call.
@@ -133,6 +151,7 @@ class RunMonitor:
     def phase(self, name: str, step: int) -> None:
         """Enter a phase; the watchdog times it."""
         self.step = step
+        self.stop.finishing = FINISHING.get(name, FINISHING_STEP)
         self.watchdog.phase(name, step)
 
     def begin_step(self, step: int, saving: bool, save_due: bool, failed: bool) -> list[float]:
@@ -150,13 +169,15 @@ class RunMonitor:
 
         request = self._poll_request()
         if request == "STOP":
-            self.stop.requested = self.stop.requested or STOP_FILE
+            self._see_stop_file()
         stop = self.stop.requested is not None
 
         # Summed over ranks, these one-entry lists become a gather.
         seconds = [0.0] * self.grid.layout.world_size
         seconds[self.grid.rank] = self._own_seconds
-        return [float(stop), float(save_due or request == "SAVE"), float(failed), *seconds]
+        # Only rank 0 has anything to say of saves.
+        save = SAVE_ASKED if request == "SAVE" else float(save_due)
+        return [float(stop), save, float(failed), *seconds]
 
     def end_step(self, seconds: float, flags: Sequence[float]) -> Agreed:
         """Record the time of a step; return what the ranks agreed on by its summed flags."""
@@ -169,11 +190,31 @@ class RunMonitor:
         own = flags[SECONDS:]
         return Agreed(
             # The signal may have reached another rank only.
-            (self.stop.requested or "signal on another rank") if flags[STOP] > 0 else None,
+            (self.stop.requested or ANOTHER_RANK) if flags[STOP] > 0 else None,
+            flags[SAVE] >= SAVE_ASKED,
             flags[SAVE] > 0,
             flags[FAILED] > 0,
             self.stragglers.observe(self.step, own) if any(own) else None,
         )
+
+    def share_late_stop(self, shared: list[float], first: int) -> None:
+        """Enter a request that comes before the step's exchange into what the step shares.
+
+        The flags of `begin_step` begin at `shared[first]`.
+        """
+        self._shared, self._shared_from = shared, first
+
+    def agreed_stop(self) -> str | None:
+        """Return why the run is asked to stop, None if no rank was; collective.
+
+        For moments outside of steps, which have an exchange of their own.
+        """
+        if self.grid.rank == 0 and self.control_files.poll() == "STOP":
+            self._see_stop_file()
+        asked = torch.tensor([int(self.stop.requested is not None)])
+        if not int(Agreement(self.grid).sum(asked, "agree on a stop")):
+            return None
+        return self.stop.requested or ANOTHER_RANK
 
     @property
     def kill_may_follow(self) -> bool:
@@ -197,21 +238,43 @@ class RunMonitor:
         Only rank 0 looks. A requested save is reported once until it is complete.
         """
         request = self.control_files.poll() if self.grid.rank == 0 else None
-        if request != "SAVE":
-            return request
-
-        request = None if self._save_requested else request
-        self._save_requested = True
+        if request == "SAVE" and not self._save_request.see():
+            return None
         return request
 
-    def saved(self) -> None:
-        """Note on rank 0 that a checkpoint is whole; may be called from the saving thread."""
-        if self._save_requested:
+    def _see_stop_file(self) -> None:
+        # Also after a signal, which leaves less time: the person's save is kept.
+        self._stop_file = True
+        self.stop.requested = self.stop.requested or STOP_FILE
+
+    def asked(self, checkpoint: str) -> str | None:
+        """Who asked for the save of `checkpoint`, on rank 0; None if nobody did, or a system.
+
+        Called once, when the save begins: before it waits for the one under way. A person's save
+        is kept. Batch systems, clusters and spot machines send signals at every time limit and
+        preemption.
+        """
+        if self._save_request.begin(checkpoint):
+            return SAVE_FILE
+        requested = self.stop.requested
+        if self._stop_file or requested == STOP_FILE:
+            return STOP_FILE
+        return requested if requested in PERSONS_SIGNALS and not self._is_in_job else None
+
+    def saved(self, checkpoint: str) -> None:
+        """Note on rank 0 that `checkpoint` is whole; may be called from the saving thread."""
+        if self._save_request.is_met_by(checkpoint):
+            # The file first: the next step must not take it for a new request.
             self.control_files.done("SAVE")
-            self._save_requested = False
+            self._save_request.end()
 
     def stopped(self) -> None:
         """Note that the run has saved and ends on request."""
+        if self.grid.rank == 0:
+            self.control_files.done("STOP", self._stop_file)
+
+    def finished(self) -> None:
+        """Note that the stage ends: its last checkpoint, which stays, meets every request."""
         if self.grid.rank == 0:
             self.control_files.done("STOP")
 
@@ -232,13 +295,20 @@ class RunMonitor:
         """
         return self.watchdog.connection_lost(error)
 
-    def close(self, problem: str = "") -> None:
-        """Stop the watchdog; `problem` is the reason if this rank leaves by itself."""
-        self.watchdog.close(problem)
+    def close(self, problem: str = "", stopped: bool = False) -> None:
+        """Stop the watchdog; `problem` is the reason if this rank leaves by itself.
+
+        `stopped`: it leaves a start on request.
+        """
+        self.watchdog.close(problem, stopped)
 
     def _on_phase(self, phase: str) -> None:
         self.watchdog.phase(PHASES[phase], self.step)
         fault_injection.point(f"step.{phase}")
+        if phase == "reduce" and self._shared is not None:
+            if self.stop.requested is not None:
+                self._shared[self._shared_from + STOP] = 1.0
+            self._shared = None
         if phase == "reduce" and (problem := self._state_problem()) is not None:
             raise DamageError(problem)
 

@@ -7,31 +7,35 @@
   others are verified one chunk ahead during the run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.disk_space import CheckpointBytes, check_plan
 from k2train.checkpoint.manifest import (
+    checkpoint_name,
+    checkpoint_order,
     is_thinned,
     list_checkpoints,
     read_manifest,
 )
-from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, is_on_demand
+from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, is_kept, is_on_demand
 from k2train.config.load import Config
 from k2train.data.chunk import check_files, verify_chunk
+from k2train.data.held_out import HeldOutSet
 from k2train.data.manifest import Manifest, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
-from k2train.errors import DataError, RunError
-from k2train.guard.control_files import ControlFiles
+from k2train.errors import CheckpointError, DataError, RunError
 from k2train.guard.crash_loop import check_progress
 from k2train.optim.lr_schedule import check_schedule
 from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
 from k2train.record.events import StageTransition
 from k2train.record.ledger import read_chain
-from k2train.retry import exists_retried, retried
+from k2train.retry import exists_retried, is_folder_retried, list_retried, retried
+from k2train.train.held_out_sets import held_out_limit, held_out_sets
 from k2train.train.ledger_check import check_ledger_heads
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 from k2train.train.setup import Setup
@@ -52,6 +56,8 @@ class Start:
     order: ChunkOrder
     identity: dict[str, Any]
     """What may not change between restarts; stored in every checkpoint."""
+    held_out: tuple[HeldOutSet, ...] = ()
+    """The rows that are scored at every numbered checkpoint."""
     candidates: tuple[Path, ...] = ()
     """Checkpoints of this run to try, the wanted one first; empty for a fresh start.
 
@@ -66,6 +72,8 @@ class Start:
     """How this stage takes over from its parent."""
     warning: str = ""
     """What to tell of the starts before this one; "" for nothing."""
+    precision_reason: str = ""
+    """Why `precision: auto` means what the setup's config says; "" where the config said it."""
     room_inside_chunks: bool = True
     """Whether the disk has space for saves inside chunks, if those are left to the run."""
 
@@ -107,37 +115,62 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
             f"({manifest.vocab_size}, {manifest.path}): raise it"
         )
 
-    if manifest.held_out and manifest.held_out.rows < config.batch.global_sequences:
-        raise DataError(
-            f"the held-out chunk of {manifest.path} has {manifest.held_out.rows} rows, "
-            f"fewer than one batch of batch.global_sequences ({config.batch.global_sequences}): "
-            "lower it, or prepare more held-out rows"
-        )
-
+    # The held-out chunk too, unless no row of it is scored.
+    scored = held_out_limit(config) != 0
+    names = files_read(manifest, order) if scored else order.names
     if config.data.cross_documents == "block":
-        require_borders(manifest, files_read(manifest, order))
+        require_borders(manifest, names)
     # Sizes and headers only; hashing takes longer and is done by `verify_data`.
-    check_files(manifest, files_read(manifest, order))
+    check_files(manifest, names)
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
     return manifest, order
 
 
-def verify_data(manifest: Manifest, order: ChunkOrder, step: int) -> None:
+def verify_data(
+    manifest: Manifest, order: ChunkOrder, step: int, held_out: Sequence[HeldOutSet]
+) -> None:
     """Verify hashes and token ids of the chunk read after `step` and of the held-out chunk.
 
-    Verifies all chunks if they are small together. Raises DataError when one is damaged.
+    Verifies all chunks, and all held-out sets, if they are small together. Raises DataError when
+    one is damaged.
     """
-    names = files_read(manifest, order)
+    read = [(manifest, manifest.chunk(name)) for name in order.names]
+    scored = [(part.manifest, info) for part in held_out for info, _ in part.scored()]
 
-    files = [manifest.folder / manifest.chunk(name).file for name in names]
+    files = [data.folder / info.file for data, info in (*read, *scored)]
     total_bytes = sum(retried(file.stat, file).st_size for file in files)
     if total_bytes > HASH_AT_START_BYTES:
-        # Large data: only the next chunk to be read and the held-out one.
+        # Large data: only the next chunk to be read and the held-out one. Each rank that verifies
+        # hashes the others before it uses them.
         following = [order.position(step + 1).name] if step < order.total_steps else []
-        names = following + names[len(order.names) :]
+        read = [(manifest, manifest.chunk(name)) for name in following]
+        scored = [(data, info) for data, info in scored if data is manifest]
 
-    for name in names:
-        verify_chunk(manifest, manifest.chunk(name))
+    for data, info in (*read, *scored):
+        verify_chunk(data, info)
+
+
+def with_precision(config: Config, precision: str) -> Config:
+    """Return the config with what `precision: auto` stands for."""
+    return config.model_copy(update={"precision": precision})
+
+
+def with_recorded_precision(config: Config) -> tuple[Config, str]:
+    """Return the config with the precision that its run has, if `auto` asks for that, and why.
+
+    A run without a checkpoint has none yet: the devices decide, see `train.precision`.
+    """
+    if config.precision != "auto":
+        return config, ""
+    for path in reversed(list_checkpoints(run_directory(config) / "checkpoints")):
+        try:
+            identity = read_manifest(path).identity
+        except CheckpointError:
+            # Refused, with its reason, when a checkpoint is chosen.
+            continue
+        if identity is not None:
+            return with_precision(config, identity.precision), f"as in {path.name}"
+    return config, ""
 
 
 def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
@@ -146,6 +179,7 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     `verify` also hashes chunks. Raises UserError for every mistake that is visible without a
     device.
     """
+    config, precision_reason = with_recorded_precision(config)
     setup = Setup.of(config, world_size)
     manifest, order = check_data(config)
 
@@ -155,9 +189,16 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     order = apply_events(order, entries, str(ledger))
 
     identity = identity_of(config, manifest, order)
-    base = Start(directory, setup, manifest, order, identity)
-    # A STOP file from earlier, or too many starts without progress, refuse the start.
-    ControlFiles(directory).refuse_start()
+    base = Start(
+        directory,
+        setup,
+        manifest,
+        order,
+        identity,
+        held_out_sets(config, manifest),
+        precision_reason=precision_reason,
+    )
+    # Too many starts without progress refuse the start.
     warning = check_progress(entries, config.run.max_fruitless_starts, directory)
     if warning and config.checkpoint.every_seconds != "auto":
         warning += "; set checkpoint.every_seconds=auto, or lower it"
@@ -174,11 +215,12 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         )
         step = read_manifest(wanted[0]).step
 
+    _check_names(config, start, step)
     # What cannot fit on the disk is refused before anything is written.
     if "space" not in config.run.allow:
         start = replace(start, room_inside_chunks=_check_disk_space(config, start, step))
     if verify:
-        verify_data(manifest, order, step)
+        verify_data(manifest, order, step, start.held_out)
     return start
 
 
@@ -187,16 +229,9 @@ def _check_disk_space(config: Config, start: Start, step: int) -> bool:
 
     Returns whether there is space for those inside chunks, where `auto` may do without them.
     """
-    order, layout, checkpoints = start.order, start.layout, start.checkpoints
+    layout, checkpoints = start.layout, start.checkpoints
     shape = start.setup.architecture
-    consumed, every = order.consumed_chunks(step), config.checkpoint.every_chunks
-    # Numbers of the chunks after which a checkpoint is due.
-    ends = [
-        n
-        for n in range(consumed + 1, len(order.names) + 1)
-        if n % every == 0 or n == len(order.names)
-    ]
-
+    ends = _numbers_due(config, start)
     found = list_checkpoints(checkpoints)
     # What follows the one that is taken is set aside, and gives nothing back.
     found = found[: found.index(start.candidates[0]) + 1] if start.candidates else found
@@ -211,8 +246,9 @@ def _check_disk_space(config: Config, start: Start, step: int) -> bool:
     )
     remaining = len(ends) + (step == 0 and not numbered)
     keep, every_seconds = config.checkpoint.keep_optimizer_states, config.checkpoint.every_seconds
-    # Those that exist take no more space, and are replaced.
-    inside = max(0, ON_DEMAND_AT_ONCE - (len(found) - len(numbered)))
+    # Those that exist take no more space, and are replaced, unless somebody asked for them.
+    replaced = sum(is_on_demand(path) and not is_kept(path) for path in found)
+    inside = max(0, ON_DEMAND_AT_ONCE - replaced)
     if every_seconds == "auto":
         check_plan(checkpoints, one, remaining, keep, complete)
     try:
@@ -225,9 +261,34 @@ def _check_disk_space(config: Config, start: Start, step: int) -> bool:
     return True
 
 
+def _numbers_due(config: Config, start: Start) -> list[int]:
+    """Numbers of the checkpoints at chunks' ends that follow the one that is taken."""
+    every, last = config.checkpoint.every_chunks, len(start.order.names)
+    # By its name: the end of a chunk that is not scored yet gets its number then.
+    taken = checkpoint_order(start.candidates[0].name)[0] if start.candidates else 0
+    following = range(taken + 1, last + 1)
+    return [n for n in following if n % every == 0 or n == last]
+
+
+def _check_names(config: Config, start: Start, step: int) -> None:
+    """Raise RunError when something that is no checkpoint has the name of a later one.
+
+    The run would train the whole chunk before it, and fail to save it, at every start.
+    """
+    numbers = [*([0] if step == 0 else []), *_numbers_due(config, start)]
+    if not is_folder_retried(start.checkpoints):
+        return
+    there = {path.name: path for path in list_retried(start.checkpoints)}
+    for name in map(checkpoint_name, numbers):
+        if name in there and not is_folder_retried(there[name]):
+            raise RunError(
+                f"{there[name]} is no checkpoint, but {name} is to be saved there; move it away"
+            )
+
+
 def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:
     if config.run.init_from is None:
         return replace(base, refused=tuple(refused))
-    parent = resolve_checkpoint(Path(config.run.init_from))
+    parent = resolve_checkpoint(Path(config.run.init_from), config.run.allow)
     transition = check_stage_transition(base.setup, parent, base.manifest, base.order)
     return replace(base, refused=tuple(refused), parent=parent, transition=transition)

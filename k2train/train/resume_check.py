@@ -129,8 +129,12 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
         keys = ", ".join(dict.fromkeys(_key(text) for text in not_named))
         remedy += f"allow the change by name (run.allow=[{keys}]), "
 
+    verdict = "belongs to another run than this config describes"
+    # Many runs change their schedule on purpose: the same run, as far as anybody means it.
+    if all(_named(text, ("lr",)) for text in differences):
+        verdict = "was saved with another schedule than this config has"
     raise CheckpointError(
-        f"{path} belongs to another run than this config describes: {'; '.join(differences)}; "
+        f"{path} {verdict}: {'; '.join(differences)}; "
         f"{remedy}or start anew under another run.name (run.init_from takes its weights)"
     )
 

@@ -93,6 +93,11 @@ class Setup:
         return self.step_tokens - self.config.batch.global_sequences
 
     @property
+    def precision(self) -> str:
+        """Precision to plan with: before `auto` is decided, that of an accelerator."""
+        return "bf16" if self.config.precision == "auto" else self.config.precision
+
+    @property
     def block(self) -> bool:
         """Whether attention stops at document boundaries."""
         return self.config.data.cross_documents == "block"
@@ -138,7 +143,7 @@ class Setup:
             self.architecture,
             config.data.sequence_length,
             config.batch.micro_sequences,
-            config.precision,
+            self.precision,
             tensor=self.layout.tensor,
             sequence=self.sequence,
             regather=self.regather(device_type),

@@ -4,22 +4,34 @@
   recorded, then all ranks leave together.
 - A dead rank cannot be waited for. The others leave at once, without another collective and
   without the interpreter's usual exit, in which gloo's threads abort.
+- A start that is asked to stop ends at once on every rank. One whose connection breaks meanwhile
+  waits a moment for its own signal.
+- A launcher ends what is left of a failed start by a signal, too. Such a start ends like one whose
+  connection broke: the rank that failed is named and recorded.
 - Any other error is recorded as far as it can be, and raised.
 """
 
 import contextlib
 import os
 import sys
+import time
 import traceback
 from types import TracebackType
 from typing import NoReturn, Self
 
 from k2train.checkpoint.writer import CheckpointWriter, SaveError
 from k2train.errors import EXIT_FAILED, UnavailableError, UserError
+from k2train.guard.stop_signals import StopAsked
+from k2train.launch.environment import (
+    ANOTHER_FAILED,
+    SIGNAL_SECONDS,
+    another_has_stopped,
+    was_asked_to_stop,
+)
 from k2train.parallel.grid import ProcessGrid
 from k2train.record.events import Failed, Stopped
 from k2train.train.batches import BatchSource
-from k2train.train.monitor import DamageError, RunMonitor
+from k2train.train.monitor import ANOTHER_RANK, DamageError, RunMonitor
 from k2train.train.run_logger import RunLogger
 from k2train.train.state import TrainState
 
@@ -43,6 +55,8 @@ class OpenRun:
         self.batches: BatchSource | None = None
         self.state = TrainState()
         self.code = EXIT_FAILED
+        self.starting = True
+        """Whether nothing was trained yet, so that a stop leaves at once."""
 
     def __enter__(self) -> Self:
         return self
@@ -53,8 +67,18 @@ class OpenRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        problem = ""
+        problem, asked = "", None
         try:
+            asked = self._asked_to_stop(error)
+            if asked is not None:
+                self._stopped(str(asked), "")
+                if asked is not error:
+                    raise asked from None
+                return False
+
+            if isinstance(error, StopAsked):
+                self._leave_alone(error)
+
             if isinstance(error, SaveError | DamageError):
                 # Every rank knows this error, so all of them leave together.
                 self.code = self._leave_together(error)
@@ -71,10 +95,40 @@ class OpenRun:
             return False
         finally:
             self.monitor.phase("done", self.state.step)
-            if problem:
-                # First, so that no watchdog takes this rank's exit for its death.
+            # First, so that no watchdog takes this rank's exit for its death.
+            if asked is not None:
+                self.monitor.close(stopped=True)
+            elif problem:
                 self.monitor.close(problem)
             self.close()
+
+    def _asked_to_stop(self, error: BaseException | None) -> StopAsked | None:
+        """Return the request that ends a start; None if `error` has another reason.
+
+        A rank that hears its signal first breaks the connections of the others. So does one that
+        failed, after which the launcher sends a signal.
+        """
+        if isinstance(error, StopAsked):
+            return self._request(error)
+        if not (self.starting and isinstance(error, Exception) and self._is_connection_lost(error)):
+            return None
+        stop = self.monitor.stop
+        # A signal must not end the search for the cause, which takes seconds.
+        stop.end_start()
+        deadline = time.monotonic() + SIGNAL_SECONDS
+        while stop.requested is None and time.monotonic() < deadline:
+            # It tells its launcher, and in its heartbeat, before it breaks a connection.
+            if another_has_stopped() or self.monitor.watchdog.another_stopped():
+                return StopAsked(ANOTHER_RANK)
+            time.sleep(0.02)
+        return None if stop.requested is None else self._request(StopAsked(stop.requested))
+
+    def _request(self, asked: StopAsked) -> StopAsked | None:
+        """Return the request behind a signal, this rank's or another's; None for a failure."""
+        if was_asked_to_stop(str(asked)):
+            return asked
+        # A launcher ends what is left by SIGTERM, also where one rank alone was asked.
+        return StopAsked(ANOTHER_RANK) if self.monitor.watchdog.another_stopped() else None
 
     def close(self) -> None:
         """Stop the loader's threads and close the record.
@@ -113,14 +167,20 @@ class OpenRun:
         text = str(error).lower()
         return bool(self.grid.comm.broken) or any(word in text for word in CONNECTION_WORDS)
 
-    def _leave_alone(self, error: Exception) -> NoReturn:
-        """End this process after another rank died.
+    def _leave_alone(self, error: Exception | StopAsked) -> NoReturn:
+        """End this process after another rank died, or a launcher ended the start for that reason.
 
         One rank prints which rank died; rank 0 records it in the ledger.
         """
+        ended = isinstance(error, StopAsked)
+        if ended:
+            error = UnavailableError(f"{error} during a start; {ANOTHER_FAILED}")
         line = self.monitor.report_lost_connection(error)
-        if NO_RANK_GONE in line:
+        if NO_RANK_GONE in line and not ended:
             traceback.print_exc(file=sys.stderr)
+        if NO_RANK_GONE in line and ended and self.grid.rank > 0:
+            # All ranks know no more than this one, so rank 0 says it.
+            line = ""
 
         if line:
             sys.stderr.write(f"k2train: {line}\n")

@@ -1,9 +1,12 @@
 """Stage transition: may this stage start from a checkpoint of another run, and what changes.
 
-- Both stages need the same model, the same tokenizer and, unless allowed, disjoint data.
+- Both stages need the same model, the same tokenizer and, unless allowed, disjoint data. The base
+  of the positions (`model.rope_theta`) may change if `run.allow` names it.
+- A run directory as the parent must hold a finished run, unless `run.allow` permits another.
 - What was compared goes into the ledger, and into every checkpoint of the stage.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from k2train.checkpoint.manifest import (
@@ -15,19 +18,28 @@ from k2train.checkpoint.manifest import (
 )
 from k2train.config.load import config_differences
 from k2train.data.manifest import Manifest
-from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder
-from k2train.data.source_record import common_data, read_sources
 from k2train.errors import CheckpointError, DataError
 from k2train.record.events import StageTransition
 from k2train.retry import is_file_retried, is_folder_retried
+from k2train.train.data_seen import data_in_common, earlier_data
+from k2train.train.schedule_change import is_finished, past_order, progress_text
 from k2train.train.setup import Setup
 
+MAY_CHANGE = ("model.rope_theta",)
+"""Keys of the model that a next stage may change if `run.allow` names them: no tensor has another
+shape or meaning, and longer samples are often trained with a larger base.
+"""
+UNFINISHED = "unfinished_parent"
+"""Name in `run.allow` of a start from a run that is not finished."""
 
-def resolve_checkpoint(path: Path) -> Path:
+
+def resolve_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
     """Return a checkpoint directory unchanged, or the last checkpoint of a run directory.
 
-    Raises CheckpointError when `path` is neither.
+    Raises CheckpointError when `path` is neither, or when the run is not finished: a stage that is
+    chained behind another one would start whatever became of it. A checkpoint that is named itself
+    was chosen.
     """
     # A data folder has a manifest.json too.
     if is_file_retried(path / MANIFEST) and is_folder_retried(path / "model"):
@@ -37,7 +49,17 @@ def resolve_checkpoint(path: Path) -> Path:
         raise CheckpointError(
             f"run.init_from ({path}) is neither a checkpoint nor a run directory with one"
         )
-    return found[-1]
+    last = found[-1]
+    before = read_manifest(last)
+    if not is_finished(before) and UNFINISHED not in allow:
+        progress = progress_text(before, past_order(before, earlier_data(before)))
+        raise CheckpointError(
+            f"run.init_from ({path}) is a run that is not finished: its last checkpoint is "
+            f"{last.name}, {progress}; finish it first, name the checkpoint to start from "
+            f"(run.init_from={last}), or take the last one of an unfinished run with "
+            f"run.allow=[{UNFINISHED}]"
+        )
+    return last
 
 
 def check_stage_transition(
@@ -49,14 +71,7 @@ def check_stage_transition(
     Raises CheckpointError when the model differs, DataError when tokenizer or data do not fit.
     """
     before, config = read_manifest(parent), setup.config
-    now = config.model_dump(mode="json")
-    model = before.config.get("model")
-    if not isinstance(model, dict):
-        raise CheckpointError(f"run.init_from ({parent}): {MANIFEST} does not say config.model")
-    if differences := config_differences({"model": model}, {"model": now["model"]}):
-        raise CheckpointError(
-            f"run.init_from ({parent}) holds another model: {'; '.join(differences)}"
-        )
+    allowed = _model_changes(before, setup, parent)
 
     tokenizer = before.data.tokenizer_sha256
     if tokenizer != manifest.tokenizer_sha256:
@@ -66,14 +81,17 @@ def check_stage_transition(
             "prepare the data with the same one"
         )
 
-    shared, sources_compared = _data_in_common(before, manifest, order)
+    common = data_in_common(before, manifest, order)
+    shared = common.found
     if shared and config.data.seen_before == "refuse":
         raise DataError(
-            f"{manifest.path} shares data with the stage before: {'; '.join(shared[:3])}"
+            f"{manifest.path} shares data with what was trained on before: {'; '.join(shared[:3])}"
             f"{f' and {len(shared) - 3} more' if len(shared) > 3 else ''}; "
-            f"prepare it disjoint, or allow it with data.seen_before: allow"
+            "prepare it disjoint (`seen` of the recipe leaves such texts out), or allow it with "
+            "data.seen_before: allow"
         )
 
+    earlier = past_order(before, earlier_data(before))
     return StageTransition(
         attempt=0,
         parent=str(parent),
@@ -84,36 +102,42 @@ def check_stage_transition(
         tokenizer_sha256=manifest.tokenizer_sha256,
         same_model=True,
         same_tokenizer=True,
-        data_in_common=tuple(shared),
-        sources_compared=sources_compared,
+        data_in_common=shared,
+        # Older ledgers have this alone.
+        sources_compared=common.is_deep,
+        data_compared=common.compared,
         rate_before=before.lr,
         rate_after=setup.learning_rate(1, order.total_steps),
         moments_kept=True,
+        total_steps=order.total_steps,
+        parent_finished=is_finished(before),
+        parent_total_steps=None if earlier is None else earlier.total_steps,
+        allowed=tuple(allowed) or None,
     )
 
 
-def _data_in_common(
-    before: CheckpointManifest, manifest: Manifest, order: ChunkOrder
-) -> tuple[list[str], bool]:
-    """Return the data that both stages read, and whether their sources could be compared."""
-    # Chunks are compared by content, whatever their names.
-    seen = {chunk.sha256: chunk.name for chunk in before.chunks.order}
-    mine = [name for name in order.names if manifest.chunk(name).sha256 in seen]
-    shared = [f"{name} is {seen[manifest.chunk(name).sha256]} of the stage before" for name in mine]
-    # Damage in this stage's own list is an error; only the earlier stage's may be missing.
-    read_sources(manifest)
+def _model_changes(before: CheckpointManifest, setup: Setup, parent: Path) -> list[str]:
+    """Return the changes of the model that `run.allow` names. Raises CheckpointError for others."""
+    config = setup.config
+    model = before.config.get("model")
+    if not isinstance(model, dict):
+        raise CheckpointError(f"run.init_from ({parent}): {MANIFEST} does not say config.model")
 
-    data = before.config.get("data")
-    path = data.get("manifest") if isinstance(data, dict) else None
-    if not isinstance(path, str):
-        return shared, False
-    try:
-        earlier = read_data_manifest(path)
-        # Sources count as compared only against the very data that the earlier stage read.
-        if earlier.sha256 == before.data.manifest_sha256:
-            shared += common_data(earlier, manifest)
-            return shared, all(data.facts.sources_sha256 for data in (earlier, manifest))
-    except DataError:
-        # The earlier stage's files may be gone. Their hashes are in its checkpoint, compared above.
-        pass
-    return shared, False
+    now = config.model_dump(mode="json")["model"]
+    differences = config_differences({"model": model}, {"model": now})
+    refused = [text for text in differences if not _is_allowed(text, config.run.allow)]
+    if not refused:
+        return differences
+
+    keys = [key for text in refused if (key := text.split(":")[0]) in MAY_CHANGE]
+    remedy = (
+        f"; allow it by name: run.allow=[{', '.join(keys)}]" if len(keys) == len(refused) else ""
+    )
+    raise CheckpointError(
+        f"run.init_from ({parent}) holds another model: {'; '.join(refused)}{remedy}"
+    )
+
+
+def _is_allowed(difference: str, allow: Sequence[str]) -> bool:
+    key = difference.split(":")[0]
+    return key in MAY_CHANGE and key in allow

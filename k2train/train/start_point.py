@@ -15,6 +15,7 @@ from k2train.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
     checkpoint_name,
+    checkpoint_order,
     is_thinned,
     list_checkpoints,
     read_manifest,
@@ -27,6 +28,14 @@ from k2train.record.events import Entry, Resumed, Started
 from k2train.retry import exists_retried
 from k2train.train.resume_check import same_position
 from k2train.train.state import TrainState
+
+
+def is_unscored_end(manifest: CheckpointManifest) -> bool:
+    """Whether a checkpoint is the end of a chunk whose held-out loss is still to be computed.
+
+    It is named like one inside that chunk. The start that scores it saves it under its number.
+    """
+    return checkpoint_order(manifest.name)[0] < manifest.chunks.consumed
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,10 @@ class ResumeCheck:
                 f"consumed_tokens ({manifest.consumed_tokens}) is not step ({step}) times the "
                 f"{self.step_tokens} tokens of a step"
             )
-        if manifest.name not in (checkpoint_name(consumed), checkpoint_name(consumed, step)):
+        names = [checkpoint_name(consumed), checkpoint_name(consumed, step)]
+        if not within and consumed:
+            names.append(checkpoint_name(consumed - 1, step))
+        if manifest.name not in names:
             return f"name ({manifest.name}) is not that of step {step}"
         return ""
 

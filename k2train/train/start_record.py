@@ -5,7 +5,7 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
 from k2train.plan.cost import parameters
-from k2train.record.events import Faults, Resumed, Started, Starting, Takeover
+from k2train.record.events import Faults, Resumed, StageTransition, Started, Starting, Takeover
 from k2train.record.system_info import environment_facts
 from k2train.retry import is_passing, reason
 from k2train.run_lock.lock import RunLock
@@ -30,8 +30,11 @@ from k2train.train.choose import Chosen
 from k2train.train.engine import Engine
 from k2train.train.memory_report import memory_line
 from k2train.train.preflight import Start
-from k2train.train.run_logger import RankZeroRunLogger, RunLogger
+from k2train.train.rank_zero_logger import RankZeroRunLogger
+from k2train.train.run_logger import RunLogger
+from k2train.train.schedule_change import ScheduleChange, schedule_change
 from k2train.train.shutdown import OpenRun
+from k2train.train.start_notes import bf16_note, evaluation_note
 
 LEFTOVERS = (
     "config.yaml.tmp",
@@ -66,7 +69,7 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
         try:
             start.checkpoints.mkdir(parents=True, exist_ok=True)
             leftovers = _remove_leftovers(start)
-            run.logger = RankZeroRunLogger(start)
+            run.logger = RankZeroRunLogger(start, run.monitor.stop)
         except UserError as error:
             problem = str(error)
         except UnavailableError as error:
@@ -130,11 +133,8 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         f"{setup.num_microbatches} micro-batches; kernels: {kernels}; {logger.memory}"
     )
     logger.info(memory_line(setup, work, engine.grid.coordinate.pp))
-    if place := open_port(layout.world_size):
-        logger.info(
-            f"ranks met at {place}, a port without a password: for a trusted network only "
-            "(docs/security.md)"
-        )
+    for note in filter(None, _notes(start, device_type)):
+        logger.info(note)
 
     if start.candidates or chosen.refused:
         found = len(start.candidates) + len(start.refused)
@@ -153,6 +153,28 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         )
 
 
+def _notes(start: Start, device_type: str) -> Iterator[str]:
+    """Yield what deserves a look: precision, evaluation, an open port, flattering losses."""
+    config, order = start.setup.config, start.order
+    if start.precision_reason:
+        yield f"precision auto is {config.precision}: {start.precision_reason}; the run keeps it"
+    yield bf16_note(config, on_cpu=device_type == "cpu")
+    yield evaluation_note(config, start.held_out, order)
+
+    if place := open_port(start.layout.world_size):
+        yield (
+            f"ranks met at {place}, a port without a password: for a trusted network only "
+            "(docs/security.md)"
+        )
+    trained = {start.manifest.chunk(name).sha256: name for name in order.names}
+    for held_out in start.held_out:
+        if same := held_out.trained_on(trained):
+            yield (
+                f"held-out set {held_out.name} is trained on in this run, so its loss will "
+                f"flatter: {', '.join(same)}"
+            )
+
+
 def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
     """Record that a stage begins."""
     logger.event(
@@ -168,12 +190,22 @@ def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
             kernels=str(engine.kernels),
             memory=logger.memory,
             data_manifest_sha256=start.manifest.sha256,
+            data_content_sha256=start.manifest.content_sha256,
             environment=environment_facts(),
             config_sha256=logger.config_sha256,
+            precision=start.setup.config.precision,
             fencing_token=logger.fencing_token,
             taken_over_from=logger.taken_over_from,
         )
     )
+
+
+def log_transition(logger: RunLogger, transition: StageTransition) -> None:
+    """Record how this stage took over; say what data was compared, and what was found."""
+    logger.event(transition)
+    common = transition.data_in_common
+    found = f"in common: {'; '.join(common[:3])}" if common else "nothing in common"
+    logger.info(f"data of the stage before: {found}; compared: {transition.data_compared}")
 
 
 def log_resumed(
@@ -183,6 +215,7 @@ def log_resumed(
     path, manifest, config = chosen.path, chosen.manifest, start.setup.config
     assert path is not None and manifest is not None, "a run continues from a checkpoint"
     changes = config_differences(manifest.config, config.model_dump(mode="json"))
+    schedule = schedule_change(manifest, start.setup, start.manifest, start.order)
     logger.event(
         Resumed(
             attempt=logger.attempt,
@@ -197,6 +230,11 @@ def log_resumed(
             memory=logger.memory,
             config_changes=tuple(changes),
             allowed=chosen.allowed,
+            total_steps=schedule.total_steps,
+            rate_last=schedule.rate_last,
+            rate_next=schedule.rate_next,
+            total_steps_before=schedule.total_steps_before,
+            rate_before=schedule.rate_before,
             config_sha256=logger.config_sha256,
             fencing_token=logger.fencing_token,
             taken_over_from=logger.taken_over_from,
@@ -208,6 +246,23 @@ def log_resumed(
         logger.info(f"allowed by run.allow, although it makes this another run: {text}")
     if changes:
         logger.info(f"config changes since that checkpoint: {'; '.join(changes)}")
+    for line in schedule.lines():
+        logger.info(line)
+
+
+def log_stage_transition(logger: RunLogger, event: StageTransition) -> None:
+    """Say what a stage takes over, and where its schedule begins."""
+    if not event.parent_finished:
+        total = event.parent_total_steps
+        of = "" if total is None else f" of {total}"
+        logger.info(f"the stage before was not finished: that is its step {event.parent_step}{of}")
+    for text in event.allowed or ():
+        logger.info(f"allowed by run.allow: {text}")
+    for text in event.data_in_common:
+        logger.info(f"allowed by data.seen_before, although it was trained on before: {text}")
+    total = event.total_steps or 0
+    for line in ScheduleChange(1, total, event.rate_before, event.rate_after).lines():
+        logger.info(line)
 
 
 def log_finished(start: Start, grid: ProcessGrid, last: Path) -> None:

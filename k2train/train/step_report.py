@@ -6,7 +6,8 @@ from math import isfinite
 
 import torch
 
-from k2train.plan.cost import flops_per_token, peak_flops
+from k2train.plan.cost import flops_per_token
+from k2train.plan.device_peak import peak_flops, peak_precision
 from k2train.record.events import ChunkStarted, Faults, Spike, StepSkipped
 from k2train.record.metrics import StepRecord
 from k2train.train.engine import StepResult
@@ -22,7 +23,9 @@ class StepReport:
         self.start, self.logger, self.device = start, logger, device
         setup = start.setup
         self._flops = flops_per_token(setup.architecture, setup.config.data.sequence_length)
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        self._peak = peak_precision(setup.config.precision, setup.config.kernels.matmul)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        peak = peak_flops(name, self._peak)
         self._peak_flops = None if peak is None else peak * start.layout.world_size
 
     def begins(self, step: int) -> None:
@@ -68,6 +71,7 @@ class StepReport:
                 mfu=None
                 if self._peak_flops is None
                 else tokens / seconds * self._flops / self._peak_flops,
+                mfu_peak=None if self._peak_flops is None else self._peak,
                 seconds=seconds,
                 peak_memory_bytes=self._peak_memory_bytes(),
                 state_root=state_root,

@@ -1,4 +1,4 @@
-"""Training loop: build, resume, step through the chunks, save a numbered checkpoint after each.
+"""Training loop: resume, step through the chunks, save a numbered checkpoint after each.
 
 - The data position is computed from the step number, so a restart needs only the checkpoint's step.
 - Every decision (skip, save, stop) is taken from sums that all ranks share in the step's one
@@ -12,117 +12,38 @@ from pathlib import Path
 
 from k2train import fault_injection
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints
+from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.checkpoint.writer import SaveError, set_aside_later
 from k2train.data.fed_ids import FLAGS
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
-from k2train.guard.stop_signals import StopRequest
-from k2train.launch.environment import Launch
 from k2train.parallel.agreement import Agreement
-from k2train.parallel.grid import (
-    ProcessGrid,
-    choose_device,
-    start_process_group,
-    stop_process_group,
-)
 from k2train.parallel.messages import FLAG
 from k2train.record.events import (
-    Failed,
     Finished,
     Stopped,
     Straggler,
 )
-from k2train.run_lock.lock import RunLock
 from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
 from k2train.train.checkpointing import CheckpointManager
-from k2train.train.choose import Chosen, choose_checkpoint
+from k2train.train.choose import Chosen
 from k2train.train.engine import Engine, StepResult
-from k2train.train.host_memory import keep_freed_memory, startup_objects_frozen
-from k2train.train.monitor import Agreed, RunMonitor
+from k2train.train.evaluation import Evaluation
+from k2train.train.monitor import Agreed
 from k2train.train.preflight import Start
 from k2train.train.shutdown import OpenRun
+from k2train.train.start_point import is_unscored_end
 from k2train.train.start_record import (
-    log_finished,
     log_resumed,
-    log_start,
+    log_stage_transition,
     log_started,
-    log_starting,
-    open_run_logger,
+    log_transition,
 )
 from k2train.train.state import TrainState
 from k2train.train.step_report import StepReport
 
+STEP_LIMIT = "run.stop_after_steps"
+"""Stop reason if the config asked for it."""
 RECORD_REFUSED = "rank 0 could not write the record of the run; see its message"
-
-
-def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
-    """Run the stage on this rank and return the exit code; collective.
-
-    `lock` is the lock of the run directory, which rank 0 holds.
-    """
-    device = choose_device(launch)
-    memory = keep_freed_memory(device.type)
-    start_process_group(launch, device)
-    grid = ProcessGrid(start.layout, launch.rank, device)
-    # The ranks have met: from here on a signal stops the run after a step, with a save.
-    if launch.launched:
-        stop.install()
-
-    monitor = RunMonitor(start.setup, grid, start.directory, stop)
-    with OpenRun(grid, monitor) as run:
-        trainer = build(start, run, lock, verify=launch.local_rank == 0, memory=memory)
-        with startup_objects_frozen():
-            run.code = EXIT_DONE if trainer is None else trainer.run()
-        monitor.phase("done", run.state.step)
-        fault_injection.point("end")
-
-    stop_process_group()
-    monitor.close()
-    return run.code
-
-
-def build(
-    start: Start,
-    run: OpenRun,
-    lock: RunLock | None = None,
-    verify: bool = True,
-    memory: str = "malloc: default settings",
-) -> "Trainer | None":
-    """Build a run in the order in which its facts become known; None if nothing is left to do.
-
-    Collective. With `verify` this rank verifies chunks for its machine; `memory` describes the
-    malloc settings.
-    """
-    grid, monitor = run.grid, run.monitor
-    # A fresh start has no run directory yet; its watchdog starts after the record is open.
-    if start.candidates:
-        monitor.begin()
-        monitor.phase("choose", 0)
-    chosen = choose_checkpoint(start, grid, monitor.watchdog.progress)
-    if chosen.path is not None and chosen.step >= start.order.total_steps:
-        log_finished(start, grid, chosen.path)
-        return None
-
-    logger = open_run_logger(start, run, lock, memory)
-    monitor.begin(logger.attempt)
-    # A killed start could not record its end; its failure report does.
-    if (end := monitor.previous_end) is not None and not logger.has_end_of(end.attempt):
-        logger.event(Failed(attempt=end.attempt, problem=end.line))
-    # Recorded before anything that may fail, so that a failing start counts as a start.
-    log_starting(logger, chosen.step)
-    monitor.phase("load", chosen.step)
-
-    # Initial weights are drawn only if no checkpoint overwrites them.
-    engine = Engine(start.setup, grid, fill=chosen.path is None and start.parent is None)
-    monitor.attach(engine)
-    log_start(logger, start, engine, chosen)
-
-    checkpoints = CheckpointManager(start, engine, monitor, logger, lock)
-    run.writer = checkpoints.writer
-    run.batches = BatchSource(start, grid, verify)
-    run.batches.report_to(monitor.watchdog.progress)
-    trainer = Trainer(start, engine, run.batches, checkpoints, run)
-    trainer.restore(chosen)
-    return trainer
 
 
 class Trainer:
@@ -140,8 +61,11 @@ class Trainer:
         self.engine, self.batches, self.checkpoints = engine, batches, checkpoints
         self.opened, self.monitor, self.logger = run, run.monitor, run.logger
         self.report = StepReport(start, self.logger, engine.grid.device)
+        self.evaluation = Evaluation(engine, batches, run)
         self.first_step = 1
         """First step of this start."""
+        self.owes_score = False
+        """Whether the newest checkpoint is the end of a chunk, without the score it is to have."""
 
     @property
     def state(self) -> TrainState:
@@ -157,9 +81,16 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end of the stage or to a stop request; returns the exit code. Collective."""
+        # From here on a signal stops the run after a step, with a save.
+        self.monitor.stop.end_start()
+        if (asked := self.evaluation.asked or self.monitor.agreed_stop()) is not None:
+            return self._stop(asked, skip_verification=True)
+        self.opened.starting = False
         self.checkpoints.restart_clock()
         try:
-            code = None
+            code = self._score_loaded() if self.owes_score else None
+            if self.state.step < self.order.total_steps:
+                self.logger.progress(f"step {self.state.step + 1} of {self.order.total_steps}")
             while code is None and self.state.step < self.order.total_steps:
                 code = self._step()
             code = self._finish() if code is None else code
@@ -189,16 +120,20 @@ class Trainer:
             raise SaveError(self.logger.problem or RECORD_REFUSED)
 
         reason = agreed.stop or self._limit_reached()
-        required = reason is not None or agreed.save
+        # No save between bad steps only because it is time: if they stop the run, the next start
+        # goes back before the first of them, and what damaged them may be gone.
+        required = reason is not None or agreed.save_asked
+        required |= agreed.save_due and decision == "apply"
         # A chunk's numbered checkpoint also serves a request that falls on its end.
         if self.order.is_chunk_end(state.step):
             self._end_chunk(required, scored=agreed.stop is None)
+            reason = reason or self.evaluation.asked
         elif required:
             consumed = self.order.consumed_chunks(state.step)
             self.checkpoints.save(checkpoint_name(consumed, state.step), state, None)
 
-        if reason is not None and state.step < self.order.total_steps:
-            return self._stop(reason, skip_verification=agreed.stop is not None)
+        if reason is not None and (state.step < self.order.total_steps or self.owes_score):
+            return self._stop(reason, skip_verification=reason != STEP_LIMIT)
         return None
 
     def train_step(self) -> tuple[StepResult, Agreed]:
@@ -216,7 +151,10 @@ class Trainer:
         batch = self.batches.step(state.step, first, self.engine.needs_batch)
 
         lr = self.start.setup.learning_rate(state.step, self.order.total_steps)
-        result = self.engine.train_step(batch, lr, [*self.batches.fed_ids, *flags])
+        shared = [*self.batches.fed_ids, *flags]
+        # A request that comes while the step computes is shared with it.
+        self.monitor.share_late_stop(shared, FLAGS)
+        result = self.engine.train_step(batch, lr, shared)
 
         # The host has waited for the device by now, so this is the real time of the step.
         seconds = time.monotonic() - began
@@ -245,7 +183,7 @@ class Trainer:
     def _limit_reached(self) -> str | None:
         limit = self.config.run.stop_after_steps
         reached = limit is not None and self.state.step - self.first_step + 1 >= limit
-        return "run.stop_after_steps" if reached else None
+        return STEP_LIMIT if reached else None
 
     def _end_chunk(self, required: bool, scored: bool) -> None:
         """Save a checkpoint if one is due or `required`.
@@ -254,20 +192,43 @@ class Trainer:
         """
         state, consumed = self.state, self.order.consumed_chunks(self.state.step)
         last = consumed == len(self.order.names)
-        if last or required or consumed % self.config.checkpoint.every_chunks == 0:
-            try:
-                held_out = self._held_out_loss() if scored else None
-            except (DamagedChunkError, UnavailableChunkError):
-                # Save first: otherwise every start would train this chunk again and fail here.
-                self.checkpoints.save(checkpoint_name(consumed), state, None)
-                self.checkpoints.wait(state.step)
-                raise
-            self.checkpoints.save(checkpoint_name(consumed), state, held_out)
+        if not (last or required or consumed % self.config.checkpoint.every_chunks == 0):
+            return
+        try:
+            held_out = self.evaluation.run(state.step) if scored else None
+        except (DamagedChunkError, UnavailableChunkError):
+            # Save first: otherwise every start would train this chunk again and fail here.
+            self._save_end(consumed, None)
+            self.checkpoints.wait(state.step)
+            raise
+        self._save_end(consumed, held_out)
 
-    def _held_out_loss(self) -> float | None:
-        self.monitor.phase("evaluate", self.state.step)
-        fault_injection.point("evaluate")
-        return self.batches.held_out_loss(self.engine, self.monitor.watchdog.progress)
+    def _save_end(self, consumed: int, held_out: tuple[HeldOutFacts, ...] | None) -> None:
+        """Save the end of a chunk under its number.
+
+        The stage is not finished without its last score. Its end is then saved like a checkpoint
+        inside the last chunk, and the next start scores it and gives it its number.
+        """
+        name, step = checkpoint_name(consumed), self.state.step
+        unscored = held_out is None and bool(self.batches.held_out)
+        self.owes_score = unscored and consumed == len(self.order.names)
+        if self.owes_score:
+            name = checkpoint_name(consumed - 1, step)
+        if unscored:
+            later = "; the next start computes it" if self.owes_score else ""
+            self.logger.info(f"{name} has no held-out loss, it was not computed{later}")
+        # One that is still without its score was loaded from there.
+        if not self.owes_score or step >= self.first_step:
+            self.checkpoints.save(name, self.state, held_out)
+
+    def _score_loaded(self) -> int | None:
+        """Score the end of the chunk that was loaded, and save it under its number.
+
+        Returns the exit code if the run is asked to stop meanwhile.
+        """
+        self._end_chunk(required=True, scored=True)
+        asked = self.evaluation.asked
+        return None if asked is None else self._stop(asked, skip_verification=True)
 
     # The end of a run.
 
@@ -294,7 +255,7 @@ class Trainer:
 
     def _finish(self) -> int:
         self.checkpoints.wait(self.state.step)
-        self.monitor.stopped()
+        self.monitor.finished()
         # Before `finished` is recorded, so that it never follows missing rows, and after it.
         self._settle_record()
         self.logger.event(Finished(attempt=self.logger.attempt, step=self.state.step))
@@ -321,6 +282,7 @@ class Trainer:
         self.checkpoints.writer.mark_loaded(path)
         self.opened.state = TrainState.of(manifest)
         self.first_step = self.state.step + 1
+        self.owes_score = is_unscored_end(manifest)
 
         # Later checkpoints belong to a continuation that is given up.
         logger, grid = self.logger, self.engine.grid
@@ -334,18 +296,24 @@ class Trainer:
         if self.start.parent is not None:
             self._load_stage_before(self.start.parent)
 
-        # ckpt_000 is the state before the first step.
-        self.checkpoints.save(checkpoint_name(0), self.state, self._held_out_loss())
+        self.monitor.stop.end_start()
+        held_out = self.evaluation.run(self.state.step)
+        # Asked to stop: nothing was trained, so the next start begins like this one.
+        if self.evaluation.asked is None:
+            # ckpt_000 is the state before the first step.
+            self.logger.progress(f"saving {checkpoint_name(0)}")
+            self.checkpoints.save(checkpoint_name(0), self.state, held_out)
 
     def _load_stage_before(self, parent: Path) -> None:
         manifest, kept = self.checkpoints.load_parent(parent)
         assert self.start.transition is not None, "a stage that starts from a parent"
         event = replace(self.start.transition, attempt=self.logger.attempt, moments_kept=kept)
         self.state.parent = {k: v for k, v in event.row().items() if k not in ("event", "attempt")}
-        self.logger.event(event)
+        log_transition(self.logger, event)
         loaded = (
             "weights and moments"
             if kept
             else "weights alone (that checkpoint was thinned; moments start from zero)"
         )
         self.logger.info(f"{loaded} from {parent}, step {manifest.step}")
+        log_stage_transition(self.logger, event)

@@ -1,8 +1,8 @@
 """Failure report: why the run ended, written by one rank to `watch/verdict.json`.
 
 - Hung processes are killed.
-- The ranks then share only the run directory. The rank whose hard link creates the file is the one
-  that reports: a link either creates the name or fails.
+- The ranks then share only the run directory. The rank that creates the file is the one that
+  reports, and only one can.
 - Processes are killed through a pidfd, which cannot pass to another process, after their identity
   was checked.
 - They are asked for their Python stacks first. The handler of that signal is written in C, so it
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import UnavailableError
+from k2train.files import create_once
 from k2train.processes import Process, process_state
 from k2train.retry import retried
 from k2train.watchdog.hang_analysis import FaultyRank
@@ -92,21 +93,19 @@ def publish_report(directory: Path, report: Mapping[str, Any], earlier: ReportId
 
     `earlier` identifies the report of an earlier start. In a read-only directory every rank prints.
     """
-    temporary = directory / f"{REPORT_NAME}.{report['told_by']}.tmp"
     try:
-        temporary.write_text(json.dumps(report) + "\n")
         if earlier is not None and report_id(directory) == earlier:
             # Only the report of an earlier start may be removed, never that of another rank of this
             # start.
             (directory / REPORT_NAME).unlink(missing_ok=True)
 
-        try:
-            # Exactly one rank can create the name.
-            os.link(temporary, directory / REPORT_NAME)
-        except FileExistsError:
+        # Exactly one rank can create the name.
+        content = json.dumps(report).encode() + b"\n"
+        temporary = directory / f"{REPORT_NAME}.{report['told_by']}.tmp"
+        descriptor = create_once(directory / REPORT_NAME, content, temporary, synced=False)
+        if descriptor is None:
             return False
-        finally:
-            temporary.unlink(missing_ok=True)
+        os.close(descriptor)
     except OSError:
         pass
 

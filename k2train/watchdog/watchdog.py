@@ -22,12 +22,16 @@ from pathlib import Path
 
 from k2train.watchdog.diagnosis import Diagnosis
 from k2train.watchdog.failure_report import archive_report
+from k2train.watchdog.heartbeat import read_heartbeat
 from k2train.watchdog.heartbeat_thread import HeartbeatThread
 from k2train.watchdog.own_heartbeat import CommPosition, Member, OwnHeartbeat
 from k2train.watchdog.phase_timer import PhaseTimer
 from k2train.watchdog.shared_progress import PeerProgress
 from k2train.watchdog.timeout_thread import DIAGNOSIS_SECONDS, TimeoutThread
 from k2train.watchdog.timeouts import Timeouts
+
+STOPPED = "stopped on request"
+"""What the last heartbeat of a rank says that left a start on request."""
 
 
 class Watchdog:
@@ -124,10 +128,11 @@ class Watchdog:
         self._own.set_state("leaving")
         return self._diagnosis.connection_lost(self._own.record(), _first_line(error))
 
-    def close(self, problem: str = "") -> None:
+    def close(self, problem: str = "", stopped: bool = False) -> None:
         """Stop the watchdog; no effect when not started.
 
-        `problem` is the reason why this rank exits, which the other ranks then report.
+        `problem` is the reason why this rank exits, which the other ranks then report. With
+        `stopped` it leaves a start on request, which is no failure (`another_stopped`).
         """
         if not self._running:
             return
@@ -136,11 +141,30 @@ class Watchdog:
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-        if self._own.state != "leaving":
+        if stopped:
+            self._own.set_state("closed", STOPPED)
+        elif self._own.state != "leaving":
             self._own.set_state("failed" if problem else "closed", problem)
 
         self._running = False
         self._own.close()
+
+    def another_stopped(self) -> bool:
+        """Return whether another rank has left this start on request, as its heartbeat says."""
+        if not self._running or self.attempt == 0:
+            return False
+        own = self._own.member
+        others = (
+            read_heartbeat(self.directory, rank)
+            for rank in range(own.world_size)
+            if rank != own.rank
+        )
+        # An earlier start may have left such a heartbeat, too.
+        return any(
+            one is not None
+            and (one.state, one.problem, one.attempt) == ("closed", STOPPED, self.attempt)
+            for one in others
+        )
 
     @property
     def attempt(self) -> int:

@@ -23,6 +23,7 @@ from k2train.checkpoint.manifest import (
     read_manifest,
 )
 from k2train.checkpoint.retention import (
+    KEEP,
     Retention,
     VerifiedCheckpoints,
     is_on_demand,
@@ -163,6 +164,71 @@ def test_a_save_on_demand_stays_until_two_newer_ones(tmp_path: Path) -> None:
     verified.add("ckpt_003")
     retention.retire()
     assert list(states_of(tmp_path / "checkpoints")) == ["ckpt_001", "ckpt_002", "ckpt_003"]
+
+
+class Gone(SaveEvents):
+    """Notes what was removed."""
+
+    def __init__(self) -> None:
+        self.gone: dict[str, str] = {}
+
+    def removed(self, path: Path, why: str) -> None:
+        assert not path.exists()
+        self.gone[path.name] = why
+
+
+def all_verified(directory: Path) -> VerifiedCheckpoints:
+    verified = VerifiedCheckpoints()
+    for path in list_checkpoints(directory):
+        verified.add(path.name)
+    return verified
+
+
+def test_what_was_asked_for_stays(tmp_path: Path) -> None:
+    """Catches a save that a person asked for and finds gone, states of it that are thinned, and
+    one that goes without a word.
+    """
+    names = ["ckpt_000", "ckpt_000_step_000003", "ckpt_000_step_000004", "ckpt_001"]
+    names += ["ckpt_001_step_000007", "ckpt_002", "ckpt_003"]
+    directory = tmp_path / "checkpoints"
+    several(directory, names)
+    for name in ("ckpt_000", "ckpt_000_step_000003", "ckpt_001_step_000007"):
+        (directory / name / KEEP).touch()
+    verified, told = all_verified(directory), Gone()
+    Retention(directory, 2, verified, events=told).retire()
+    assert told.gone == {"ckpt_000_step_000004": "2 newer ones are verified"}
+    left = {
+        "ckpt_000": True,
+        "ckpt_000_step_000003": True,
+        "ckpt_001": False,
+        "ckpt_001_step_000007": True,
+        "ckpt_002": True,
+        "ckpt_003": True,
+    }
+    assert states_of(directory) == left
+    verify_checkpoint(directory / "ckpt_001_step_000007")
+
+    Retention(directory, 2, verified, keep_asked=1, events=told).retire()
+    assert set(told.gone) == {"ckpt_000_step_000004", "ckpt_000_step_000003"}
+    assert "of those that were asked for the newest 1 are kept" in told.gone["ckpt_000_step_000003"]
+    assert states_of(directory)["ckpt_000"] is False
+
+    # Without the file it is one like the others.
+    (directory / "ckpt_001_step_000007" / KEEP).unlink()
+    Retention(directory, 2, verified, events=told).retire()
+    assert "ckpt_001_step_000007" in told.gone
+
+
+@pytest.mark.parametrize(("keep", "left"), ((None, 3), (0, 0), (2, 2), (9, 3)))
+def test_how_many_that_were_asked_for(tmp_path: Path, keep: int | None, left: int) -> None:
+    """Catches a count that keeps one more or less, the oldest, or none at all."""
+    asked = [f"ckpt_000_step_00000{n}" for n in (1, 2, 3)]
+    directory = tmp_path / "checkpoints"
+    several(directory, [*asked, "ckpt_001", "ckpt_002"])
+    for name in asked:
+        (directory / name / KEEP).touch()
+    Retention(directory, 0, all_verified(directory), keep).retire()
+    assert list(states_of(directory)) == [*asked[3 - left :], "ckpt_001", "ckpt_002"]
 
 
 def test_a_kill_in_the_middle_of_thinning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("parallel.sequence=yes", 'parallel.sequence: must be true or false, is "yes"'),
         ("parallel.sequence=1", "parallel.sequence: must be true or false, is 1"),
         ("kernels.compile=true", "kernels.compile: true is not one of auto, on, off"),
-        ("precision=fp16", "precision: fp16 is not one of bf16, fp32; nearest is bf16"),
+        ("precision=fp16", "precision: fp16 is not one of auto, bf16, fp32; nearest is bf16"),
         (
             "parallel.schedule=1f1bb",
             "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v; "

@@ -31,7 +31,8 @@ from k2train.data.document_boundaries import (
     verify_borders,
     write_borders,
 )
-from k2train.data.loader import Loader, MicroBatch, Share
+from k2train.data.held_out import HeldOutSet
+from k2train.data.loader import HeldOutLoader, Loader, MicroBatch, Share
 from k2train.data.manifest import require_borders
 from k2train.data.order import make_order
 from k2train.errors import DataError
@@ -330,11 +331,17 @@ def test_the_loader_gives_documents_beside_tokens(tmp_path: Path, data: int, mic
         batches = [loader.step(step) for loader in loaders]
         check(batches, order.position(step).name, order.rows_of(step))
 
-    check([loader.held_out(1) for loader in loaders], "held_out", range(4, 8))
     for loader in loaders:
         loader.close()
+    held_out = HeldOutSet.of("held_out", manifest, None)
+    scored = [
+        HeldOutLoader(held_out, loader.share, 4 // (loader.share.ranks * micro), documents=True)
+        for loader in loaders
+    ]
+    check([loader.read(1) for loader in scored], "held_out", range(4, 8))
     with Loader(manifest, order, Share(0, 1, 4), VOCAB) as unasked:
-        assert unasked.step(1)[0].documents is None and unasked.held_out(0)[0].documents is None
+        assert unasked.step(1)[0].documents is None
+    assert HeldOutLoader(held_out, Share(0, 1, 4), 1).read(0)[0].documents is None
 
 
 def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
@@ -344,11 +351,12 @@ def test_data_without_borders_is_refused_at_once(tmp_path: Path) -> None:
     """
     manifest, _ = make(tmp_path, ("chunk_000",))
     words = (
-        r"have no document borders: chunk_001, held_out; set document_borders: true in the "
+        r"have no document borders: chunk_001; set document_borders: true in the "
         r"recipe"
     )
     with pytest.raises(DataError, match=words):
         Loader(manifest, make_order(manifest, None, 4), Share(0, 1, 4), VOCAB, documents=True)
     with pytest.raises(DataError, match="held_out"):
-        Loader(manifest, make_order(manifest, [0], 4), Share(0, 1, 4), VOCAB, documents=True)
+        held_out = HeldOutSet.of("held_out", manifest, None)
+        HeldOutLoader(held_out, Share(0, 1, 4), 1, documents=True)
     require_borders(manifest, ["chunk_000"])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from k2train.data.inspect.account import DOCUMENTS, account_facts
+from k2train.data.inspect.left_out import left_out_lines
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
 from tests.support.tiny_corpus import SEQUENCE, make_corpus
@@ -63,10 +64,14 @@ def test_documents_by_what_became_of_them(tmp_path: Path) -> None:
         "held out": "12",
         "outside share": "13",
         "not chosen": "14",
-        "short": "15",
-        "duplicates": "16",
-        "rejected": "17",
-        "shared ids": "18",
+        "empty": "15",
+        "filtered": "16",
+        "short": "17",
+        "duplicates": "18",
+        "held out copies": "19",
+        "seen": "20",
+        "rejected": "21",
+        "shared ids": "22",
     }
 
     lines = render(
@@ -174,3 +179,49 @@ def test_what_a_limit_leaves_is_noted(
     assert [
         line.removeprefix("note: ") for line in render(facts, View()) if line.startswith("note: ")
     ] == notes
+
+
+def test_every_part_that_is_left_out_is_said(tmp_path: Path) -> None:
+    """Catches a filter, a limit or a remainder whose count stays in a file that nobody opens."""
+    counts = {
+        "bare_files": 1,
+        "rejected_documents": 2,
+        "rejected_bytes": 2048,
+        "empty_documents": 1,
+        "filtered_documents": 3,
+        "filtered_bytes": 3,
+        "short_documents": 4,
+        "short_bytes": 4,
+        "not_chosen_documents": 5,
+        "not_chosen_bytes": 5,
+        "outside_documents": 6,
+        "outside_bytes": 6,
+        "duplicate_documents": 7,
+        "duplicate_tokens": 70,
+        "asked_tokens": 4000,
+        "training_tokens": 4000,
+        "unused_tokens": 1000,
+        "tail_tokens": 8,
+        "left_by_repeat_tokens": 9,
+        "held_out_unused_tokens": 10,
+    }
+    manifest = corpus_with(tmp_path / "a", account_of(**counts))
+    (line,) = left_out_lines(manifest)
+    name, parts = line.removeprefix("left out of ").split(": ")
+    assert name == "noise"
+    assert parts.split("; ") == [
+        "1 file without any line or row",
+        "2 documents broken (2.00 KiB)",
+        "1 document without text",
+        "3 documents not wanted by where (3 B)",
+        "4 documents below min_characters (4 B)",
+        "5 documents outside the interval documents (5 B)",
+        "6 documents outside the share (6 B)",
+        "7 documents with a text that was there before (70 tokens)",
+        "1.0K tokens (25 %, about 18 documents) by the smallest subset",
+        "9 tokens of the last pass, by repeat",
+        "8 tokens at the end, less than a sample",
+        "10 tokens held out, beyond the rows",
+    ]
+    nothing = corpus_with(tmp_path / "b", {**account_of(), "tail_tokens": 0})
+    assert left_out_lines(nothing) == []

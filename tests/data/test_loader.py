@@ -1,6 +1,5 @@
 """Data loader: batches of each rank against chunk files read plainly."""
 
-import json
 import os
 import shutil
 import threading
@@ -13,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from k2train.data.chunk import Manifest, read_manifest, verify_chunk
-from k2train.data.loader import Loader, Share
+from k2train.data.chunk import Manifest, verify_chunk
+from k2train.data.held_out import HeldOutSet
+from k2train.data.loader import HeldOutLoader, Loader, Share
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import DataError
-from tests.support.data_folder import add_chunk, finish, flip
+from tests.support.data_folder import add_chunk, edit, finish, flip
 
 LENGTH, VOCAB, BATCH = 6, 1000, 4
 ROWS = {"chunk_000": 9, "chunk_001": 8}
@@ -88,18 +88,49 @@ def test_batches_are_copies(manifest: Manifest, order: ChunkOrder) -> None:
         assert torch.equal(loader.step(1)[0].tokens, kept)
 
 
-def test_held_out_is_the_same_at_any_time(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches a validation set that moves with training, and partial batches."""
-    with Loader(manifest, order, Share(1, 2, 2), VOCAB) as loader:
-        assert loader.num_held_out_batches() == 2
-        assert loader.num_held_out_batches(3) == 3
-        before = [part.tokens for part in loader.held_out(1)]
-        loader.step(2)
-        after = [part.tokens for part in loader.held_out(1)]
-        assert torch.equal(before[0], rows_of(manifest, "held_out", range(6, 8)))
-        assert torch.equal(before[0], after[0])
-        with pytest.raises(DataError, match="held-out batch 2 of 4 rows: there are 2"):
-            loader.held_out(2)
+def held_out_of(manifest: Manifest, limit: int | None = None) -> HeldOutSet:
+    return HeldOutSet.of("held_out", manifest, limit)
+
+
+@pytest.mark.parametrize("limit", (None, 1, 4, 9, 50))
+@pytest.mark.parametrize(("ranks", "micro", "most"), ((1, 1, 4), (2, 1, 2), (2, 2, 1), (3, 2, 9)))
+def test_every_held_out_row_is_read_once(
+    manifest: Manifest, ranks: int, micro: int, most: int, limit: int | None
+) -> None:
+    """Catches rows that are left out because the batch does not divide them, rows that are scored
+    twice, and ranks that read another number of micro-batches.
+    """
+    held_out = held_out_of(manifest, limit)
+    assert held_out.rows == min(10, limit or 10) and held_out.total_rows == 10
+    loaders = [HeldOutLoader(held_out, Share(dp, ranks, micro), most) for dp in range(ranks)]
+    seen = []
+    for index, batch in enumerate(loaders[0].batches):
+        parts = [loader.read(index) for loader in loaders]
+        assert {len(part) for part in parts} == {batch.num_microbatches} <= set(range(most + 1))
+        assert all(micro_batch.tokens.shape == (micro, LENGTH) for p in parts for micro_batch in p)
+        rows = torch.cat([micro_batch.tokens for part in parts for micro_batch in part])
+        seen.append(rows[: len(batch.rows)])
+        # No micro-batch of padding alone, but for the ranks beside the last row.
+        assert len(rows) - len(batch.rows) < ranks * micro
+    assert torch.equal(torch.cat(seen), rows_of(manifest, "held_out", range(held_out.rows)))
+
+
+def test_a_set_of_chunks_is_all_of_them(manifest: Manifest) -> None:
+    """Catches a set of data without a held-out chunk whose first chunk alone is scored."""
+    data = edit(manifest, lambda content: content.update(held_out=None))
+    loader = HeldOutLoader(held_out_of(data, 14), Share(0, 1, 2), 2)
+    read = [loader.read(i) for i in range(len(loader.batches))]
+    names = [loader.opens(i) for i in range(len(loader.batches))]
+    assert names == ["chunk_000", "", "", "chunk_001", ""]
+    found = torch.cat(
+        [
+            torch.cat([part.tokens for part in parts])[: len(batch.rows)]
+            for parts, batch in zip(read, loader.batches, strict=True)
+        ]
+    )
+    chunks = (("chunk_000", 9), ("chunk_001", 5))
+    expected = [rows_of(data, name, range(count)) for name, count in chunks]
+    assert torch.equal(found, torch.cat(expected))
 
 
 def corrupt(manifest: Manifest, name: str, value: int) -> None:
@@ -131,16 +162,17 @@ def test_verify_stops_before_the_first_row(manifest: Manifest, order: ChunkOrder
     thread.
     """
     corrupt(manifest, "chunk_001", 1)
-    corrupt(manifest, "held_out", 1)
     with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
         for _ in range(2):
             with pytest.raises(DataError, match=r"chunk_001 .*sha256"):
                 loader.step(1)
         assert loader.verify_ahead("chunk_000").result() is None
-        with pytest.raises(DataError, match=r"held_out .*sha256"):
-            loader.held_out(0)
     with Loader(manifest, order, Share(0, 1, BATCH), VOCAB) as unverified:
         unverified.step(1)
+    corrupt(manifest, "held_out", 1)
+    held_out = HeldOutLoader(held_out_of(manifest), Share(0, 1, BATCH), 1, verify=True)
+    with pytest.raises(DataError, match=r"held_out .*sha256"):
+        held_out.read(0)
 
 
 def test_each_chunk_is_verified_once(
@@ -149,7 +181,8 @@ def test_each_chunk_is_verified_once(
     """Catches hashing a chunk again at every step, or twice when it was verified ahead."""
     seen: list[str] = []
     monkeypatch.setattr(
-        "k2train.data.loader.verify_chunk", lambda manifest, info, stopped: seen.append(info.name)
+        "k2train.data.chunk_reader.verify_chunk",
+        lambda manifest, info, stopped: seen.append(info.name),
     )
     with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
         for step in range(1, order.total_steps + 1):
@@ -175,17 +208,6 @@ def test_close_ends_the_threads(manifest: Manifest, order: ChunkOrder) -> None:
         assert any(t.name.startswith("k2train-loader") for t in threading.enumerate())
     loader.close()
     assert not [t.name for t in threading.enumerate() if t.name.startswith("k2train-")]
-
-
-def test_data_without_held_out(manifest: Manifest, order: ChunkOrder) -> None:
-    """Catches a crash where a run simply has no validation set."""
-    content = json.loads(manifest.path.read_text())
-    content["held_out"] = None
-    manifest.path.write_text(json.dumps(content))
-    with Loader(read_manifest(manifest.path), order, Share(0, 1, BATCH), VOCAB) as loader:
-        assert loader.num_held_out_batches() == 0
-        with pytest.raises(DataError, match="there are 0"):
-            loader.held_out(0)
 
 
 def reversed_rows(manifest: Manifest, name: str) -> None:
@@ -226,7 +248,7 @@ class Hashed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, loader: Loader) -> None:
         self.names: list[str] = []
         self.progress = 0
-        monkeypatch.setattr("k2train.data.loader.verify_chunk", self)
+        monkeypatch.setattr("k2train.data.chunk_reader.verify_chunk", self)
         loader.report_to(self.gets_on)
 
     def __call__(self, manifest: Manifest, info: Any, stopped: Any) -> Any:
@@ -272,13 +294,13 @@ def test_a_chunk_that_changes_while_it_is_read(
     loader.close()
 
 
-def test_held_out_rows_that_change(manifest: Manifest, order: ChunkOrder) -> None:
+def test_held_out_rows_that_change(manifest: Manifest) -> None:
     """Catches a loss of rows that nobody hashed."""
-    with Loader(manifest, order, Share(0, 1, BATCH), VOCAB, verify=True) as loader:
-        loader.held_out(0)
-        touched(manifest.folder / "held_out.npy", flipped)
-        with pytest.raises(DataError, match=r"held_out .*sha256"):
-            loader.held_out(1)
+    loader = HeldOutLoader(held_out_of(manifest), Share(0, 1, BATCH), 1, verify=True)
+    loader.read(0)
+    touched(manifest.folder / "held_out.npy", flipped)
+    with pytest.raises(DataError, match=r"held_out .*sha256"):
+        loader.read(1)
 
 
 @pytest.mark.parametrize(

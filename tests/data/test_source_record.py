@@ -41,6 +41,22 @@ def test_common_data_finds_the_shared_chunk(tmp_path: Path) -> None:
         ({"shares": {"a": [0.0, 0.8]}}, {"shares": {"a": [0.7, 1.0]}}, ["source a"]),
         ({"shares": {"a": [0.0, 0.1]}}, {"training": ["a"]}, ["source a"]),
         ({"training": ["a"]}, {"shares": {"a": [0.9, 1.0]}}, ["source a"]),
+        ({"text_shares": {"a": [0.0, 0.8]}}, {"text_shares": {"a": [0.8, 1.0]}}, []),
+        ({"text_shares": {"a": [0.0, 0.8]}}, {"text_shares": {"a": [0.7, 1.0]}}, ["source a"]),
+        ({"text_shares": {"a": [0.0, 0.8]}}, {"held_out": ["a"]}, ["source a"]),
+        # Cut at other documents: the intervals cannot be compared.
+        ({"shares": {"a": [0.0, 0.8]}}, {"text_shares": {"a": [0.8, 1.0]}}, ["source a"]),
+        # The same content under another name: cut alike by text, not by name.
+        (
+            {"text_shares": {"a": [0.0, 0.8]}, "files": {"a": {"sha256": "1"}}},
+            {"text_shares": {"b": [0.8, 1.0]}, "files": {"b": {"sha256": "1"}}},
+            [],
+        ),
+        (
+            {"shares": {"a": [0.0, 0.8]}, "files": {"a": {"sha256": "1"}}},
+            {"shares": {"b": [0.8, 1.0]}, "files": {"b": {"sha256": "1"}}},
+            ["source b is a of the earlier data"],
+        ),
         (
             {"training": ["a"], "files": {"a": {"sha256": "1"}, "unused": {"sha256": "2"}}},
             {"training": ["b", "c"], "files": {"b": {"sha256": "1"}, "c": {"sha256": "2"}}},

@@ -9,7 +9,6 @@ import json
 import pickle
 import random
 import re
-from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +25,8 @@ from pyarrow import parquet
 
 from k2train.data import tokenizer as module
 from k2train.data import tokenizer_training
+from k2train.data.prepare.encode import training_sample
+from k2train.data.prepare.encode.training_sample import TrainingSample
 from k2train.data.tokenizer import (
     EOS_ID,
     K2_SPECIAL_TOKENS,
@@ -33,7 +34,7 @@ from k2train.data.tokenizer import (
     Tokenizer,
     is_encodable,
 )
-from k2train.data.tokenizer_training import train_tokenizer
+from k2train.data.tokenizer_training import LONGEST_LINE_BYTES, cut_line, train_tokenizer
 from k2train.errors import DataError
 from tests.support.command_line import load_tool
 
@@ -121,6 +122,11 @@ def published() -> Tokenizer:
     return Tokenizer(trained_elsewhere())
 
 
+@pytest.fixture(scope="module")
+def llama() -> bytes:
+    return trained_elsewhere(**LLAMA)
+
+
 @pytest.fixture(scope="module", params=["own", "published", "llama"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     if request.param == "llama":
@@ -166,6 +172,55 @@ def test_other_models_are_made_to_leave_text_alone(published: Tokenizer) -> None
     assert published.decode(published.encode("  a  \ufb01 ")) == "  a  \ufb01 "
     pieces = [as_trained.id_to_piece(token) for token in published.encode("the value")]
     assert "".join(pieces) == "the\u2581value"
+
+
+LLAMA = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+}
+
+
+@given(TEXTS | st.text(" a\nb1", max_size=2500))
+@settings(deadline=None, max_examples=150)
+def test_a_kept_dummy_prefix_is_that_of_sentencepiece(llama: bytes, text: str) -> None:
+    """Catches a prefix that is missing, doubled, or put in front of later segments."""
+    kept, dropped = Tokenizer(llama, dummy_prefix="keep"), Tokenizer(llama)
+    text = text.replace("\u2581", "")
+    reference = sentencepiece.SentencePieceProcessor(model_proto=llama)
+    assert kept.encode(text) == reference.encode(text)
+    assert dropped.encode(text) == kept.encode_arrays([text], begins=[False])[0].tolist()
+    assert dropped.decode(dropped.encode(text)) == text
+    assert kept.decode(kept.encode(text)) == (f" {text}" if text else "")
+
+
+def test_a_kept_dummy_prefix_is_that_of_hugging_face(llama: bytes, tmp_path: Path) -> None:
+    """Catches first words that a model never meets again once it is exported.
+
+    Of a text that begins with a space, Hugging Face's newer tokenizers leave the prefix out.
+    """
+    from transformers import LlamaTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(llama)
+    reference = LlamaTokenizer.from_pretrained(tmp_path)
+    kept, dropped = Tokenizer(llama, dummy_prefix="keep"), Tokenizer(llama)
+    for text in ("the value of", "def f", "\n    number", "é", corpus_text(3, 200)):
+        wanted = reference(text, add_special_tokens=False)["input_ids"]
+        assert kept.encode(text) == wanted
+        assert dropped.encode(text) != wanted
+
+
+def test_a_dummy_prefix_shows_in_the_hash(llama: bytes, own: Tokenizer) -> None:
+    """Catches two spellings under one name, and a new name for what has no prefix."""
+    kept, dropped = Tokenizer(llama, dummy_prefix="keep"), Tokenizer(llama)
+    specials = json.dumps(K2_SPECIAL_TOKENS).encode()
+    assert dropped.sha256 == hashlib.sha256(llama + b"\0" + specials).hexdigest() != kept.sha256
+    assert Tokenizer(own.model, dummy_prefix="keep").sha256 == own.sha256
+    assert (dropped.facts["dummy_prefix"], kept.facts["dummy_prefix"]) == ("drop", "keep")
+    assert "dummy_prefix" not in own.facts
+    again = pickle.loads(pickle.dumps(kept))
+    assert again.encode("the value") == kept.encode("the value")
 
 
 def test_arrays_are_the_lists(tokenizer: Tokenizer) -> None:
@@ -486,28 +541,41 @@ def test_every_kind_of_file_trains_the_same(
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(1, 200), st.randoms())
 def test_the_sample_is_the_same_in_any_order(
-    tool: ModuleType, sizes: list[int], max_bytes: int, choose: random.Random
+    sizes: list[int], max_bytes: int, choose: random.Random
 ) -> None:
-    """Catches a sample above its bound, one that depends on the order of reading, or one that is
-    smaller than need be.
+    """Catches a sample above its bound, one that depends on the order of reading, one that is
+    smaller than need be, and a text that is trained on twice.
     """
-    blocks = [
-        (f"f{i % 3}", i, "é" * (size // 2) + "x" * (size % 2)) for i, size in enumerate(sizes)
-    ]
-    sample = tool.Sample(max_bytes)
-    for block in blocks:
-        sample.add(*block)
-    again = tool.Sample(max_bytes)
-    for block in choose.sample(blocks, len(blocks)):
-        again.add(*block)
+    texts = ["é" * (size // 2) + "x" * (size % 2) for size in sizes]
+    sample, again = TrainingSample(max_bytes), TrainingSample(max_bytes)
+    for text in texts:
+        sample.add(text)
+    for text in choose.sample(texts, len(texts)):
+        again.add(text)
     kept = sample.texts()
-    assert again.texts() == kept
+    assert sorted(again.texts()) == sorted(kept)
+    assert len(set(kept)) == len(kept)
     assert sum(len(text.encode()) for text in kept) == sample.kept_bytes <= max_bytes
-    assert (sample.seen, sample.seen_bytes) == (len(sizes), sum(sizes))
-    if sum(sizes) <= max_bytes:
-        assert kept == [text for _, _, text in sorted(blocks)]
+    assert (sample.documents, sample.seen_bytes) == (len(sizes), sum(sizes))
+    distinct = list(dict.fromkeys(texts))
+    if sum(set(sizes)) <= max_bytes:
+        assert kept == distinct
+        assert sample.duplicates == [len(sizes) - len(distinct), sum(sizes) - sum(set(sizes))]
     else:
         assert sample.kept_bytes > max_bytes - max(sizes)
+
+
+def test_a_long_document_is_sampled_in_blocks() -> None:
+    """Catches a book that takes part whole or not at all, and lines that are joined or lost."""
+    lines = [f"line {i} " + "word " * (i % 40) for i in range(5000)]
+    book = "\n".join(lines) + "\n"
+    blocks = list(training_sample.blocks_of(book))
+    assert "".join(blocks) == book and len(blocks) > 5
+    assert all(block.endswith("\n") and len(block) < 2**16 + 300 for block in blocks)
+    sample = TrainingSample(len(book) // 2)
+    sample.add(book)
+    assert len(book) // 2 - 70_000 < sample.kept_bytes <= len(book) // 2
+    assert (sample.taken.documents, sample.documents) == (1, 1)
 
 
 def test_a_sample_is_told(
@@ -526,9 +594,10 @@ def test_a_sample_is_told(
         == 0
     )
 
-    assert re.search(r"^read 1 file, [\d,]+ bytes of text in 1 block\n", capsys.readouterr().out)
-    blocks, size = re.search(r"trained on (\d+) blocks, ([\d,]+) bytes", report).groups()  # type: ignore[union-attr]
-    assert int(blocks) < 20 and 4000 < int(size.replace(",", "")) <= 6000
+    assert re.search(r"^read 1 file, [\d,]+ bytes of text in 1 document\n", capsys.readouterr().out)
+    documents, size = re.search(r"trains on (\d+) documents of 20, ([\d.]+) KiB", report).groups()  # type: ignore[union-attr]
+    assert int(documents) < 20 and 4000 < 1024 * float(size) <= 6000
+    assert re.search(r"left out of its training: [\d.]+ KiB beyond the sample of 5.86 KiB", report)
 
 
 def test_what_cannot_be_read_is_told_and_left_out(
@@ -536,43 +605,72 @@ def test_what_cannot_be_read_is_told_and_left_out(
 ) -> None:
     """Catches one broken line that ends the training, or goes unnoticed."""
     broken = (
-        b'{"text": \n[1]\n{"id": 1}\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n{"text": '
+        b'{"id": 1}\n{"text": \n[1]\n{"text": 7}\n\n\xff\n{"text": "\\ud800"}\n{"text": '
         b'""}\n{"text": " \\n"}'
     )
     (tmp_path / "jsonl" / "d.md").write_bytes(b"\n\n")
     (tmp_path / "jsonl" / "b.jsonl").write_bytes(broken)
-    (tmp_path / "jsonl" / "c.txt").write_bytes(b"caf\xe9\n" + b"x" * 70_000)
+    (tmp_path / "jsonl" / "c.txt").write_bytes(b"caf\xe9\n")
     output = tmp_path / "t.model"
     assert (
         tool.main([str(output), str(tmp_path / "jsonl" / "*"), "--vocab-size", str(VOCAB_SIZE)])
         == 0
     )
     assert (
-        "skipped: 1 document whose 'text' is not text, 2 documents without the key 'text', 1 "
-        "document without valid Unicode, 2 empty documents, 1 empty file, 1 line above 65536 "
-        "bytes, 1 line without valid JSON, 2 lines without valid UTF-8\n"
+        "tokenizer: left out of its training: 1 broken document ('text' has a lone surrogate, "
+        "which is no character), 1 broken document ('text' is missing), 1 broken document ('text' "
+        "is no text, but int), 1 broken document (not JSON), 1 broken document (not UTF-8), 1 "
+        "broken document (not an object, but list), 3 empty documents, 1 line that is not UTF-8\n"
     ) in capsys.readouterr().out
     assert Tokenizer.load(output).sha256 == train_tokenizer(corpus, VOCAB_SIZE).sha256
 
 
-def test_the_first_text_key_that_is_there(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_first_text_key_that_is_text(tool: ModuleType, tmp_path: Path) -> None:
     """Catches the second key taken where the first is there, and files of other corpora left
     out.
     """
     (tmp_path / "a.jsonl").write_text(
         '{"content": "b", "text": "a"}\n{"content": "c"}\n{"other": "d"}\n{"text": null}\n'
+        '{"text": {"body": "e"}}\n'
     )
-    parquet.write_table(pyarrow.table({"content": ["e"], "text": ["f"]}), tmp_path / "b.parquet")
-    left_out: Counter[tuple[str, str]] = Counter()
-    found = [
-        list(tool.blocks_of(tmp_path / name, ["text", "content"], left_out))
-        for name in ("a.jsonl", "b.parquet")
-    ]
-    assert found == [["a", "c"], ["f"]]
-    assert tool.skipped_text(left_out) == (
-        "1 document whose 'text' or 'content' is not text, 1 document without the key 'text' or "
-        "'content'"
-    )
+    parquet.write_table(pyarrow.table({"content": ["f"], "text": ["g"]}), tmp_path / "b.parquet")
+    files = tool.files_of([str(tmp_path / "*")])
+    sample = tool.read_sample(files, ["text", "content", "text.body"], 1000)
+    assert sample.texts() == ["a", "c", "e", "g"]
+    missing = "2 broken documents ('text' or 'content' or 'text.body' is missing)"
+    assert sample.report()[1] == f"tokenizer: left out of its training: {missing}"
+
+
+def test_every_line_trains() -> None:
+    """Catches a corpus of one long line a document, and lines with the trainer's own character,
+    that take no part without a word.
+    """
+    short = [f"the cat sat on the mat {i}" for i in range(300)]
+    long = "zebra crossing " * 5000
+    assert len(long) > LONGEST_LINE_BYTES
+    for text, piece in (
+        (long, b" zebra"),
+        (long.replace(" ", ""), b"ebra"),
+        ("\n".join(["zebra ▅▅ zebra"] * 300), b" zebra"),
+        ("ж" * 70_000, "жж".encode()),
+    ):
+        trained = train_tokenizer([*short, text], 300)
+        surfaces = [trained.decode_bytes([token]) for token in range(trained.base_size)]
+        assert any(piece in surface for surface in surfaces), piece
+    assert train_tokenizer(short, 300).sha256 == train_tokenizer([*short, "▅", " "], 300).sha256
+
+
+@given(st.text("ab ж\u3000😀", max_size=80), st.integers(4, 30))
+def test_long_lines_are_cut_in_front_of_spaces(line: str, limit: int) -> None:
+    """Catches a part above the limit, text lost at a cut, and a cut inside a run of spaces."""
+    parts = list(cut_line(line, limit))
+    assert "".join(parts) == line
+    assert all(len(part.encode()) <= limit for part in parts)
+    for before, after in pairwise(parts):
+        if after.startswith(" "):
+            assert not before.endswith(" ") or before.strip(" ") == ""
+        else:
+            assert " " not in before.lstrip(" ")
 
 
 @pytest.mark.parametrize(
@@ -621,18 +719,20 @@ def test_mistakes_cost_one_line(
         "none*.txt": "no file",
         "txt": r"folder; give a pattern, as .*/txt/\*\*/\*\.txt",
         "a.csv": "unsupported kind of file",
-        "empty.jsonl": r"no text to train on in 1 file; skipped: 1 document without the key "
-        r"'text'$",
-        "bad.parquet": "cannot be read",
+        "empty.jsonl": r"no text to train on in 1 file \(--text-key 'text'\); .*left out .*: 1 "
+        r"broken document \('text' is missing\)$",
+        "bad.parquet": "bad.parquet: not a complete Parquet file",
+        "s3://bucket/*.jsonl": "is an address; only local paths are read",
         "bad.jsonl.zst": "bad.jsonl.zst: not a complete zstd file",
         "cut.jsonl.gz": "cut.jsonl.gz: cut off after",
         "txt/0*.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
-        "parquet/a.parquet": "has no column 'text'; its columns are body",
+        "parquet/a.parquet": r"has no column 'text' \(text_key, id_key or where\); it has body",
         "txt/00.txt": r"--vocab-size \(9000\) cannot be reached with this text: the maximum is",
     }
 
     for name, message in cases.items():
-        assert tool.main([str(output), str(tmp_path / name), "--vocab-size", "9000"]) == 2
+        given_name = name if "://" in name else str(tmp_path / name)
+        assert tool.main([str(output), given_name, "--vocab-size", "9000"]) == 2
         report = capsys.readouterr().err.splitlines()
         assert re.search(message, report[-1]), report
         assert not [line for line in report[:-1] if not line.startswith("read: ")]

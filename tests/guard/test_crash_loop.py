@@ -154,6 +154,11 @@ def report(rank: int, step: int) -> End:
     return Failed, step, {"problem": died(rank, step)}
 
 
+def heard_last(words: str, problem: str = "died at step 44") -> End:
+    """A failure of which another moment was heard last."""
+    return Failed, 44, {"problem": f"rank 1 (pid 7 on host n1) {problem}{words}"}
+
+
 STOPS = {"reason": "non-finite"}
 
 
@@ -162,6 +167,22 @@ STOPS = {"reason": "non-finite"}
     (
         ([report(0, 44), report(1, 44), report(3, 44)], True),
         ([report(0, 44), report(1, 44), report(3, 46)], False),
+        (
+            [
+                heard_last(", forward/backward; last collective 23"),
+                heard_last(", reduce; last collective 24 all-gather of the probe's answers"),
+                heard_last(", the start; no collective so far"),
+            ],
+            True,
+        ),
+        # What a rank said itself is no chance.
+        (
+            [
+                heard_last(f", forward/backward: {error}", "failed at step 44")
+                for error in ("KeyError: 'x'", "KeyError: 'x'", "ValueError")
+            ],
+            False,
+        ),
         ([report(0, 46), report(1, 44), report(3, 44), report(0, 44)], True),
         ([report(0, 44), report(1, 44), (Stopped, 44, STOPS)], False),
         ([(Stopped, 44, STOPS)] * 3, True),

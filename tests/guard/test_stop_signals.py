@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from k2train.guard.stop_signals import SIGNALS, StopRequest
+from k2train.guard.stop_signals import SIGNALS, StopAsked, StopRequest, run_hearing
+from tests.support.command_line import soon
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,3 +117,110 @@ def test_a_hang_up_that_was_ignored_stays_so() -> None:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert stop.requested == "SIGUSR2"
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_during_a_start_the_first_signal_raises_once() -> None:
+    """Catches a start that trains on for minutes, and a clean-up that is interrupted again."""
+    with StopRequest() as stop:
+        stop.begin_start()
+        with pytest.raises(StopAsked, match="SIGUSR1"):
+            signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == "SIGUSR1"
+
+
+def test_after_the_start_a_signal_is_recorded() -> None:
+    with StopRequest() as stop:
+        stop.begin_start()
+        stop.end_start()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+
+
+def test_a_held_signal_raises_at_the_end() -> None:
+    """Catches a lease that a signal leaves behind, and a held signal that is forgotten."""
+    done = []
+    with StopRequest() as stop:
+        stop.begin_start()
+        with pytest.raises(StopAsked, match="SIGTERM"), stop.held():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("held")
+        assert done == ["held"]
+        with stop.held():
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_another_thread_may_ask() -> None:
+    """Catches a reason that is told as the signal which carried it."""
+    with StopRequest() as stop:
+        stop.begin_start()
+        thread = threading.Thread(target=stop.ask, args=("STOP file",))
+        with pytest.raises(StopAsked, match="STOP file"):
+            thread.start()
+            # Bounded: no signal comes where nobody sends one.
+            soon(lambda: False, 10)
+        thread.join()
+        assert stop.requested == "STOP file" and not stop.starting
+
+
+def test_nobody_asks_a_process_that_hears_no_more() -> None:
+    """Catches a STOP that kills a process whose start was refused: USR2 without its handler."""
+    sent: list[int] = []
+    with StopRequest() as stop:
+        stop.begin_start()
+        stop.restore()
+        assert not stop.starting
+        signal.signal(signal.SIGUSR2, lambda number, frame: sent.append(number))
+        stop.ask("STOP file")
+    assert stop.requested is None and sent == []
+
+
+def test_blocks_that_hold_a_signal_may_be_nested() -> None:
+    """Catches a signal that an inner block lets through, and one that another thread raises."""
+    done: list[str] = []
+
+    def elsewhere() -> None:
+        with stop.held():
+            done.append("elsewhere")
+
+    with StopRequest() as stop:
+        stop.begin_start()
+        with pytest.raises(StopAsked, match="SIGTERM"), stop.held():
+            with stop.held():
+                signal.raise_signal(signal.SIGTERM)
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            done.append("outer")
+    assert done == ["elsewhere", "outer"]
+
+
+def test_no_handler_of_errors_swallows_it() -> None:
+    """Catches a start that goes on because an `except Exception` took the request."""
+    assert not issubclass(StopAsked, Exception)
+
+
+def test_native_code_that_waits_does_not_delay_a_signal() -> None:
+    """Catches a rank that waits ten minutes for a missing one, deaf to SIGTERM."""
+    entered, release = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        entered.set()
+        release.wait()
+
+    def send() -> None:
+        entered.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopRequest() as stop:
+        stop.begin_start()
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises(StopAsked):
+            run_hearing(wait)
+    release.set()
+
+
+def test_what_runs_hearing_answers_as_usual() -> None:
+    assert run_hearing(lambda: 7) == 7
+    with pytest.raises(KeyError, match="gone"):
+        run_hearing(lambda: {}["gone"])

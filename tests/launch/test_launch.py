@@ -33,13 +33,22 @@ from k2train.launch.__main__ import (
     start_with_restarts,
 )
 from k2train.launch.environment import (
+    Launch,
+    another_has_stopped,
     limit_cuda_connections,
     open_port,
     read_launch,
     store_file,
+    was_asked_to_stop,
     write_status,
 )
-from k2train.launch.status import ProcessStatus, StatusBoard, read_statuses, write_file
+from k2train.launch.status import (
+    ProcessStatus,
+    StatusBoard,
+    read_statuses,
+    write_file,
+    write_signals,
+)
 from k2train.launch.supervisor import Supervisor
 from k2train.processes import start_ticks
 from k2train.record.events import Stopped
@@ -552,6 +561,8 @@ def test_a_world_that_was_not_asked_for(
         "RANK": "1",
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": "29500",
         "K2TRAIN_WORLD_SIZE": asked,
     }.items():
         monkeypatch.setenv(name, value)
@@ -562,6 +573,39 @@ def test_a_world_that_was_not_asked_for(
         RunError, match=f"4 processes met where K2TRAIN_WORLD_SIZE asks for {asked}"
     ):
         read_launch()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    (
+        {},
+        # A shell of salloc, and a batch script: their job has tasks, they are none of a step.
+        {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"},
+        {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_PROCID": "0"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+        # Runs of their own, one a task.
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "K2TRAIN_WORLD_SIZE": "1"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+    ),
+)
+def test_a_plain_start_inside_a_job_is_a_world_of_one(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    """Catches a refusal where a person starts one process by hand."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert read_launch() == Launch(0, 1, 0, launched=False)
+
+
+def test_launchers_that_meet_nobody_are_one_too_many(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `srun -n 4 python -m k2train.launch`: four runs in one directory."""
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert main(["--nproc-per-node", "2", "-m", "k2train.train", "none.yaml"]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "task 0 of 4 that srun started" in said
 
 
 def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
@@ -579,8 +623,11 @@ def test_a_note_tells_a_process_from_a_later_one_of_the_same_id(
         and statuses[5].saving
     )
     assert not ProcessStatus(None, os.getpid(), 1).is_alive and not ProcessStatus(None, 0).is_alive
+    assert not another_has_stopped()
     write_status(3, 75)
-    assert read_statuses(tmp_path)[3].code == 75
+    assert read_statuses(tmp_path)[3].code == 75 and another_has_stopped()
+    monkeypatch.delenv("K2TRAIN_VERDICTS")
+    assert not another_has_stopped()
 
 
 def opened_by(pid: int) -> list[str]:
@@ -797,3 +844,91 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     assert time.monotonic() - began_at > 31, "the save was not slow"
     (last,) = saving.glob("ckpt_000_step_*")
     assert verify_checkpoint(last).step in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "noted", "codes", "world", "local", "expected"),
+    (
+        # Somebody asked the launcher.
+        ("SIGTERM", ["SIGTERM"], {}, 2, 2, True),
+        # Nobody did: torchrun ends what a failure left.
+        ("SIGTERM", [], {}, 2, 2, False),
+        ("SIGTERM", [], {1: 1}, 2, 2, False),
+        ("SIGTERM", [], {1: 2}, 2, 2, False),
+        ("SIGTERM", [], {1: "dead"}, 2, 2, False),
+        # A failure first, then a request, or one of a rank that a failure has ended.
+        ("SIGTERM", ["SIGTERM"], {1: 1}, 2, 2, False),
+        ("SIGTERM", ["SIGTERM"], {1: 2}, 2, 2, False),
+        ("SIGTERM", [], {1: 1, 2: 75}, 3, 3, False),
+        # Another rank has stopped on request.
+        ("SIGTERM", [], {1: 75}, 2, 2, True),
+        # On several machines the SIGTERM of scancel looks like that of srun after a failure.
+        ("SIGTERM", ["SIGTERM"], {}, 4, 2, False),
+        ("SIGTERM", ["SIGUSR1", "SIGTERM"], {}, 4, 2, True),
+        # No launcher sends those after a failure.
+        ("SIGUSR1", [], {1: 1}, 2, 2, True),
+        ("STOP file", [], {}, 2, 2, True),
+        ("SIGTERM", [], {}, 1, 1, True),
+    ),
+)
+def test_a_signal_in_a_start_is_a_request_or_a_failure(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    noted: list[str],
+    codes: dict[int, int | str],
+    world: int,
+    local: int,
+    expected: bool,
+) -> None:
+    """Catches a failure that passes for a stop, and a stop that is tried again as a failure."""
+    monkeypatch.setattr("k2train.launch.environment.SIGNAL_SECONDS", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    write_status(0, None)
+    for rank, code in codes.items():
+        status = ProcessStatus(None, os.getpid(), 1) if code == "dead" else ProcessStatus(int(code))
+        (tmp_path / f"rank_{rank}").write_bytes(status.record())
+    if noted:
+        write_signals(tmp_path, noted)
+    assert was_asked_to_stop(name) == expected
+    # Without our launcher nobody notes anything.
+    monkeypatch.delenv("K2TRAIN_VERDICTS")
+    assert was_asked_to_stop(name) == (name != "SIGTERM" or world == 1)
+
+
+def test_a_note_that_comes_late_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a stop of a whole process group that is told as a failure."""
+    for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(variable, "2")
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    monkeypatch.setattr("k2train.launch.environment.SIGNAL_SECONDS", HANG_SECONDS)
+    looks: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 3:
+            write_signals(tmp_path, ["SIGTERM"])
+
+    monkeypatch.setattr("k2train.launch.environment.time.sleep", sleep)
+    assert was_asked_to_stop("SIGTERM") and len(looks) == 3
+
+
+def test_signals_are_noted_before_they_are_handed_on(tmp_path: Path) -> None:
+    """Catches a process that asks what its signal means before the launcher has said so."""
+    read = (
+        "from k2train.launch.status import read_signals\n"
+        "while not heard: time.sleep(0.001)\n"
+        "noted = read_signals(pathlib.Path(os.environ['K2TRAIN_VERDICTS']))\n"
+        "(folder / f'noted_{rank}').write_text(' '.join(sorted(noted)))\n"
+        "write_status(rank, 75)\nsys.exit(75)\n"
+    )
+    process = launch(worker(tmp_path, read), tmp_path)
+    pids(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 75, text
+    assert [(tmp_path / f"noted_{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2

@@ -58,6 +58,7 @@ ALSO_ALLOWED = {
     # As strict as the config, and therefore with its text and its messages.
     "data/prepare/load_recipe.py": {"config"},
     "data/prepare/recipe.py": {"config"},
+    "data/prepare/tokenizer_recipe.py": {"config"},
     # Refuses faults that a config does not permit, before it starts a process.
     "launch/__main__.py": {"config", "fault_injection"},
     # What a run did is read from its ledger, as events of `record`.
@@ -94,12 +95,18 @@ TORCH_FREE = [
         ROOT / f"k2train/train/{name}.py"
         for name in (
             "__main__",
+            "data_seen",
+            "held_out_sets",
             "ledger_check",
+            "machine",
+            "memory_check",
             "memory_report",
             "preflight",
             "resume_check",
+            "schedule_change",
             "setup",
             "stage_transition",
+            "start_notes",
             "start_point",
             "state",
         )

@@ -181,7 +181,8 @@ def test_what_does_not_divide_or_fit(
     tmp_path: Path, data: Path, overrides: list[str], world: int, words: tuple[str, ...]
 ) -> None:
     """The numbers, the knobs and the nearest values that pass."""
-    variables = {} if world == 1 else {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    ranks = {"RANK": "0", "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+    variables = {} if world == 1 else ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     line = Case(tmp_path, data).one_line(*overrides, **variables)
     for word in words:
         assert word in line, line
@@ -190,6 +191,44 @@ def test_what_does_not_divide_or_fit(
 def test_half_a_launcher_is_no_launcher(tmp_path: Path, data: Path) -> None:
     """Only RANK set would silently train a world of one, in every process."""
     assert "WORLD_SIZE, LOCAL_RANK not set" in Case(tmp_path, data).one_line(RANK="0")
+
+
+SEVERAL_TASKS = (
+    ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "4"}, "task 0 of 4"),
+    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, "task 1 that srun started"),
+    ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "task 0 of 2 that Open MPI"),
+    ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "task 1 of 2 that mpiexec (PMI)"),
+    ({"PMIX_RANK": "3"}, "task 3 that mpiexec (PMIx)"),
+)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"), SEVERAL_TASKS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_start_that_is_repeated_for_every_task(
+    tmp_path: Path, data: Path, variables: dict[str, str], words: str
+) -> None:
+    """Catches `srun python -m k2train.train`: a task that trains alone, one told to kill it."""
+    line = Case(tmp_path, data).one_line(**variables)
+    assert (
+        words in line and "python -m k2train.launch" in line and "scripts/pretrain.sbatch" in line
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    (
+        ({}, "MASTER_ADDR and MASTER_PORT not set although RANK"),
+        ({"MASTER_PORT": "29500"}, "MASTER_ADDR not set"),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "none"}, "MASTER_PORT must be a port, 1 to 65535"),
+    ),
+)
+def test_no_place_to_meet(
+    tmp_path: Path, data: Path, variables: dict[str, str], words: str
+) -> None:
+    """Catches a traceback of torch, and exit code 1, after which a launcher starts again."""
+    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    assert words in Case(tmp_path, data).one_line(**ranks, **variables)
 
 
 def test_no_config(tmp_path: Path, data: Path) -> None:
@@ -434,10 +473,12 @@ def test_thinned_cannot_be_continued(tmp_path: Path, earlier: Path) -> None:
 
 
 def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
-    """Another model, another tokenizer, shared data, nothing there: each refused at the stage
-    transition, with what differs.
+    """Another model, another tokenizer, shared data, a run that is not finished, nothing there.
+
+    Each is refused at the stage transition, with what differs.
     """
-    parent = f"run.init_from={earlier / 'runs' / 'bad'}"
+    run = earlier / "runs" / "bad"
+    parent = f"run.init_from={run / 'checkpoints' / 'ckpt_001'}"
     make_corpus(tmp_path / "next", 2, seed=9)
     make_corpus(tmp_path / "tokenizer", 2, seed=9, tokenizer="u" * 64)
     case = Case(tmp_path, tmp_path / "next")
@@ -445,6 +486,9 @@ def test_init_from_what_does_not_fit(tmp_path: Path, earlier: Path) -> None:
     assert "tokenizer" in case.one_line(parent, f"data.manifest={tmp_path / 'tokenizer'}")
     assert "chunk_000 is chunk_000 of the stage before" in case.one_line(
         parent, f"data.manifest={earlier / 'data'}"
+    )
+    assert "ckpt_001_step_000007, step 7 of 10, 1 of 2 chunks" in case.one_line(
+        f"run.init_from={run}"
     )
     assert "neither a checkpoint nor a run directory" in case.one_line(
         f"run.init_from={tmp_path / 'next'}"

@@ -32,7 +32,7 @@ PAGES = {"README.md": README} | {
 }
 LINKING = {**PAGES, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 LONGEST_README_LINES = 180
-SMALL = ["data.order=[0]", "model.num_layers=2", "data.held_out_batches=1"]
+SMALL = ["data.order=[0]", "model.num_layers=2", "data.held_out_rows=24"]
 
 FAST = {
     "python -m k2train.train configs/demo/stage1.yaml lr.peak=1e-3 --explain": "lr.peak",
@@ -42,6 +42,7 @@ FAST = {
     "python tools/plan.py configs/k2_65b/stage1.yaml --world 480": "65,286,184,960 parameters",
     "python tools/fault_run.py --list": "save.renamed",
     "python tools/mutation_check.py --list": "| mutation | caught by |",
+    "python tools/mutation_draw.py --list": "| place | was | became |",
     "python tools/bench_checkpoint.py --megabytes 50": "save",
     "python tools/bench_checkpoint.py --manifests --worlds 480": "279,420 blocks",
     "python tools/prepare_data.py configs/k2_65b/data_stage1.yaml --estimate": (
@@ -89,6 +90,11 @@ ON_THE_ROAD = [
     ("python tools/inspect_data.py --run runs/demo-stage1 --step 5", 0, "chunk_000"),
     ("python tools/inspect_data.py data/demo/stage1 --document topics/lambda", 0, "lambda"),
     ("python tools/verify_data.py data/demo/stage1", 0, "ok: 9 chunks, one held out"),
+    (
+        "python tools/verify_data.py data/demo/stage2 --against data/demo/stage1",
+        0,
+        "shares 0 of its",
+    ),
 ]
 """(command, exit code, a word of what it prints), after the quickstart, in a reader's order."""
 

@@ -107,7 +107,7 @@ def logits_job(launch: Launch, config: Any) -> tuple[int, int, list[np.ndarray]]
         return torch.zeros(())
 
     batches = microbatches_of(config, grid, 1)
-    engine.forward(engine.forward_program, batches, keep)
+    engine.forward(engine.forward_program(len(batches)), batches, keep)
     return grid.dp.rank, grid.tp.rank, seen
 
 

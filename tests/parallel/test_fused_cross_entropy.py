@@ -402,3 +402,34 @@ def test_only_what_is_asked_for_is_made(frozen: str) -> None:
         assert (tensor.grad is None) == (name == frozen)
         if tensor.grad is not None:
             assert np.allclose(tensor.grad.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("rows", "width"), ((200, 8192), (130, 32003), (3, 600_000)))
+def test_bf16_bands_at_their_real_size(rows: int, width: int) -> None:
+    """Catches a band of rows that is taken from another one: a strip of small tests has one band
+    only. Each row has its own scale, so that no two of them are alike.
+    """
+    assert rows * width * 4 > 2 * loss_module.BAND_BYTES, "that is one band, or two"
+    g = torch.Generator().manual_seed(6)
+    scales = torch.linspace(0.5, 4.0, rows)
+    hidden = (torch.randn(rows, 1, 4, generator=g) * scales.view(-1, 1, 1)).bfloat16()
+    weight = torch.randn(width, 4, generator=g).bfloat16()
+    labels = torch.randint(0, width, (rows, 1), generator=g)
+
+    x, matrix = hidden.clone().requires_grad_(), torch.nn.Parameter(weight.clone())
+    shard = VocabShard(0, width, width, SINGLE["tp"])
+    loss = fused_cross_entropy(x, matrix, labels, shard, SCALE, rows)
+    loss.backward()
+
+    # By definition, in fp64, row by row.
+    logits = hidden.double()[:, 0] @ weight.double().t()
+    log_sum = torch.logsumexp(logits, dim=1)
+    expected = SCALE * (log_sum - logits.gather(1, labels)[:, 0])
+    assert float(loss.detach()) == pytest.approx(float(expected.sum()), rel=1e-3)
+
+    slope = (logits - log_sum.unsqueeze(1)).exp()
+    slope[torch.arange(rows), labels[:, 0]] -= 1.0
+    dx = SCALE * slope @ weight.double()
+    assert x.grad is not None
+    errors = (x.grad.double()[:, 0] - dx).abs().amax(dim=1) / dx.abs().amax(dim=1)
+    assert float(errors.max()) < 3e-2, f"row {int(errors.argmax())}"

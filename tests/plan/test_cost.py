@@ -3,18 +3,15 @@
 MFU and the memory plan rest on them.
 """
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from k2train.plan.cost import (
-    PEAK_FLOPS,
     ModelShape,
     embedding_parameters,
     flops_per_token,
     layer_parameters,
     parameters,
-    peak_flops,
     rank_parameters,
     stage_parameters,
     state_bytes,
@@ -90,41 +87,3 @@ def test_state_bytes_of_the_fullest_and_the_emptiest_rank() -> None:
         < rank_parameters(K2, K2_GRID, 0)
         < rank_parameters(K2, K2_GRID, 3)
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA H100 80GB HBM3", 989.4e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H100 NVL", 835.5e12),
-        ("NVIDIA H800", 989.4e12),
-        ("NVIDIA H800 PCIe", 756e12),
-        ("NVIDIA H200", 989.4e12),
-        ("NVIDIA H20", 148e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2500e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362.05e12),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA A1000", None),
-        ("NVIDIA Brand New 9000", None),
-        ("Intel(R) Xeon(R) Platinum 8480C", None),
-        ("cpu", None),
-        ("", None),
-    ],
-)
-def test_peak_of_a_device_by_its_name(name: str, peak: float | None) -> None:
-    """Catches a guess for an unknown part (563% utilisation), a sparse peak, and H20 taken for
-    H200.
-    """
-    assert peak_flops(name) == peak
-
-
-def test_every_peak_can_be_reached_and_has_a_source() -> None:
-    """Catches an entry hidden behind a more general one above it."""
-    for words, flops, source in PEAK_FLOPS:
-        assert peak_flops(" ".join(words)) == flops
-        assert source

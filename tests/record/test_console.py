@@ -198,3 +198,43 @@ def test_a_dumb_terminal_gets_plain_lines(
     console.info("saved")
     shown = _shown(outside)
     assert "\x1b" not in shown and shown.endswith("\ns saved\n")
+
+
+def test_work_between_steps_is_a_live_line_that_goes_away(terminal: tuple[TextIO, int]) -> None:
+    """Catches a silent evaluation, and one that still stands there when it is over."""
+    stream, outside = terminal
+    console = Console(stream, "stage1", 96, 8)
+    console.progress("held-out loss: batch 1 of 4")
+    console.progress("held-out loss: batch 2 of 4")
+    console.info("a note")
+    console.progress("")
+    console.close()
+    shown = _shown(outside)
+    drawn = re.findall(r"\r([^\r\n]*)\x1b\[K", shown)
+    assert drawn[:2] == [f"stage1 held-out loss: batch {n} of 4" for n in (1, 2)]
+    assert drawn[3] == drawn[1] and shown.endswith("\r\x1b[K") and shown.count("\n") == 1
+
+
+def test_a_step_takes_the_place_of_what_came_before(terminal: tuple[TextIO, int]) -> None:
+    """Catches a live line that a later end of work wipes away."""
+    stream, outside = terminal
+    console = Console(stream, "stage1", 96, 8)
+    console.progress("step 1 of 96")
+    console.step(_record(1))
+    console.progress("")
+    console.close()
+    drawn = re.findall(r"\r([^\r\n]*)\x1b\[K", _shown(outside))
+    assert drawn[0] == "stage1 step 1 of 96" and "step 1/96" in drawn[1] and len(drawn) == 2
+
+
+def test_a_log_has_a_line_of_long_work_now_and_then() -> None:
+    """Catches a log flooded by batches, and minutes without a line."""
+    stream, clock = io.StringIO(), Clock()
+    console = Console(stream, "s", 10, 1, clock=clock)
+    for batch in range(12):
+        console.progress(f"batch {batch}")
+        clock.now += 1.0
+    console.progress("")
+    console.progress("short")
+    console.progress("")
+    assert stream.getvalue() == "s batch 5\ns batch 10\n"

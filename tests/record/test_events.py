@@ -27,6 +27,7 @@ from k2train.record.events import (
     of_kind,
     parse_entry,
 )
+from k2train.record.held_out import SetScore, SubsetScore
 from k2train.record.jsonl import encode_line
 from k2train.record.ledger import read_ledger
 from k2train.record.line_check import with_check
@@ -61,10 +62,15 @@ def test_values_have_their_types() -> None:
     assert [type(start.taken_over_from) for start in of_kind(entries, Resumed)] == [
         Takeover,
         type(None),
+        type(None),
     ]
     saved = of_kind(entries, CheckpointSaved)
     assert saved[0].loss is None and saved[0].recovered is None and saved[2].recovered is True
     assert saved[1].held_out_loss is not None and math.isnan(saved[1].held_out_loss)
+    own, news = saved[-1].held_out or ()
+    assert isinstance(own, SetScore) and isinstance(own.subsets[1], SubsetScore)
+    assert math.isnan(own.subsets[0].loss) and (news.rows, news.subsets) == (9, ())
+    assert saved[0].held_out is None, "an older line does not have it"
     assert of_kind(entries, StageTransition)[0].data_in_common == ()
 
 

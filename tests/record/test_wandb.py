@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from k2train.record.held_out import HeldOutRecord
 from k2train.record.metrics import StepRecord
 from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
 from tests.support.command_line import HANG_SECONDS
@@ -76,6 +77,25 @@ def test_rows_go_in_order_with_their_own_step_axis(
     assert "state_root" not in rows[0] and rows[0].keys() >= {"loss", "lr", "tokens_per_second"}
     assert event == {"step": 2, "event": "resumed from ckpt_001"}
     assert calls[-1] == ("finish", None)
+
+
+def test_held_out_losses_have_a_name_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a curve in which two sets, or a set and its subsets, are mixed."""
+    calls, notes = _fake(monkeypatch), []  # type: ignore[var-annotated]
+    mirror = _mirror(tmp_path, notes)
+    for name, subsets in (("held_out", {"code": 5.0, "web": 6.0}), ("news", {})):
+        mirror.score(HeldOutRecord(5, 1, name, 5.5, 10, 2, 150, subsets))
+    mirror.close()
+    assert notes == []
+    assert [row for kind, row in calls if kind == "log"] == [
+        {
+            "step": 5,
+            "held_out_loss/held_out": 5.5,
+            "held_out_loss/held_out/code": 5.0,
+            "held_out_loss/held_out/web": 6.0,
+        },
+        {"step": 5, "held_out_loss/news": 5.5},
+    ]
 
 
 def _raise(error: BaseException) -> Callable[..., None]:

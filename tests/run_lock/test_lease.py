@@ -41,6 +41,10 @@ from pathlib import Path
 from k2train.errors import RunError
 from k2train.run_lock.lock import RunLock
 base, me, others, races = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+def refused(*paths):
+    raise PermissionError(1, "Operation not permitted")
+if sys.argv[5] == "no links":
+    os.link = refused
 def everyone(name):
     (base / f"{name}.{me}").touch()
     while sum(entry.startswith(name + ".") for entry in os.listdir(base)) < others:
@@ -107,8 +111,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_identity, "machine_id", lambda: "ours")
 
 
-def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
-    """Without flock, for three kinds of directory: missing, released, left by a dead process."""
+@pytest.mark.parametrize("links", ("links", "no links"))
+def test_a_hundred_races_have_one_owner_each(links: str, tmp_path: Path) -> None:
+    """Without flock, for three kinds of directory: missing, released, left by a dead process.
+
+    Also on a file system without hard links.
+    """
     races, racers = 100, 4
     gone = subprocess.run(["true"], check=True)
     assert gone.returncode == 0
@@ -120,7 +128,10 @@ def test_a_hundred_races_have_one_owner_each(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RACER, str(tmp_path)]
     running = [
         subprocess.Popen(
-            [*command, str(i), str(racers), str(races)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [*command, str(i), str(racers), str(races), links],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for i in range(racers)
     ]

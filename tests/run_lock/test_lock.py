@@ -3,6 +3,7 @@
 Also a refused start that leaves files behind.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,11 +168,48 @@ def test_discarding_spares_what_others_made(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"cannot be locked: .*run\.directory"):
+    with pytest.raises(RunError, match=r"cannot be created: Not a directory; .*run\.directory"):
         RunLock(tmp_path / "file" / "demo").acquire()
-    with pytest.raises(RunError, match="cannot be locked"):
+    with pytest.raises(RunError, match="cannot be created: File name too long"):
         RunLock(tmp_path / "new" / ("x" * 300)).acquire()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    (("link", errno.EPERM), ("link", errno.ENOSYS), ("fsync", errno.EINVAL)),
+)
+def test_a_file_system_that_lacks_a_call_holds_a_lock(
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run folder that is refused on FUSE mounts, with the lock blamed for it."""
+    real = getattr(os, call)
+
+    def refused(*given: Any) -> Any:
+        if call == "link" or os.path.isdir(f"/proc/self/fd/{given[0]}"):
+            raise OSError(number, os.strerror(number))
+        return real(*given)
+
+    monkeypatch.setattr(os, call, refused)
+    with RunLock(tmp_path / "run") as lock:
+        assert lock.token == 1
+        lock.check()
+        with pytest.raises(RunError, match="held by a live run"):
+            RunLock(tmp_path / "run", flock=None).acquire()
+    with RunLock(tmp_path / "run") as lock:
+        assert lock.token == 2 and lock.taken_over_from is None
+
+
+def test_what_failed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a lease that cannot be written told as a lock that cannot be taken."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "link", refused)
+    with pytest.raises(RunError, match=r"^no lease can be written in .*: Permission denied; "):
+        RunLock(tmp_path / "run").acquire()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lock_file_that_lost_its_name_is_not_taken_for_the_lock(

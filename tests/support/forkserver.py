@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from fault_tests.forkserver import MODULES  # noqa: E402
 from fault_tests.processes import ForkServer, Job  # noqa: E402
 
-PATIENCE_SECONDS = 600.0
+PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "600"))
 """A guard against waiting for ever; no test is meant to come near it, however busy the machine is.
 """
 GRACE_SECONDS = 0.5

@@ -17,7 +17,13 @@ from k2train.data.manifest import chunk_dtype
 from k2train.data.prepare.allocate.mixture import keyed_permutation
 from k2train.data.prepare.encode.run_writer import RunWriter
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import Source, first_position, split_position
+from k2train.data.prepare.source import (
+    Source,
+    first_position,
+    split_position,
+    text_hash,
+    text_position,
+)
 from k2train.data.prepare.workspace import HELD_OUT, EncodeTask, Workspace, read_json, write_json
 from k2train.data.tokenizer import Tokenizer
 
@@ -49,15 +55,17 @@ class Text:
         return split_position(self.source)
 
     @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(str((self.content, self.length)).encode()).digest()
+
+    @property
     def tokens(self) -> list[int]:
         words = np.random.Philox(key=self.content).random_raw(self.length - 1)
         return [*(3 + words % (VOCAB - 3)).tolist(), EOS]
 
     @property
     def text(self) -> int:
-        return int.from_bytes(
-            hashlib.sha256(str((self.content, self.length)).encode()).digest()[:8], "big"
-        )
+        return text_hash(self.digest)
 
 
 def recipe_of(tmp_path: Path, subsets: Mapping[str, Mapping[str, Any]], **keys: Any) -> Recipe:
@@ -140,9 +148,8 @@ def write_runs(
         if outside and not subset.drop_duplicates:
             continue
         ids = [] if outside else [np.array(text.tokens, dtype=np.uint32)]
-        writer.add(
-            text.source, text.ordinal, text.name.encode(), ids, text.position, text.text, text.fim
-        )
+        place = place_of(workspace.recipe, name, text)
+        writer.add(text.source, text.ordinal, text.name.encode(), ids, place, text.text, text.fim)
 
     writer.flush()
     for run in (run for runs in writer.runs for run in runs):
@@ -152,9 +159,14 @@ def write_runs(
     )
 
 
+def place_of(recipe: Recipe, name: str, text: Text) -> int:
+    by_text = recipe.subsets[name].split_by == "text"
+    return text_position(text.digest) if by_text else text.position
+
+
 def is_inside(recipe: Recipe, name: str, text: Text) -> bool:
     low, high = recipe.subsets[name].share
-    return first_position(low) <= text.position < first_position(high)
+    return first_position(low) <= place_of(recipe, name, text) < first_position(high)
 
 
 @dataclass(frozen=True)
@@ -167,16 +179,48 @@ class Expected:
     sources: set[str]
 
 
-def kept_texts(recipe: Recipe, name: str, texts: Iterable[Text]) -> list[Text]:
-    """Texts in the share, each once when the subset drops duplicates."""
-    seen: set[int] = set()
-    kept = []
-    for text in sorted(texts, key=lambda t: (t.source, t.ordinal)):
-        again = recipe.subsets[name].drop_duplicates and text.text in seen
-        seen.add(text.text)
-        if not again and is_inside(recipe, name, text):
-            kept.append(text)
-    return kept
+def kept_texts(recipe: Recipe, name: str, texts: Mapping[str, Sequence[Text]]) -> list[Text]:
+    """Texts in the share, each once over all subsets that drop duplicates.
+
+    The first is that of the subset named first, there by source and ordinal.
+    """
+    drops = [name for name, subset in recipe.subsets.items() if subset.drop_duplicates]
+    rank = {t.source: i for i in reversed(range(len(drops))) for t in texts[drops[i]]}
+    ordered = sorted(
+        (t for other in drops for t in texts[other]),
+        key=lambda t: (rank[t.source], t.source, t.ordinal),
+    )
+    first: dict[int, tuple[str, int]] = {}
+    for text in ordered:
+        first.setdefault(text.text, (text.source, text.ordinal))
+    return [
+        text
+        for text in sorted(texts[name], key=lambda t: (t.source, t.ordinal))
+        if is_inside(recipe, name, text)
+        and (name not in drops or first[text.text] == (text.source, text.ordinal))
+    ]
+
+
+def texts_on_side(
+    recipe: Recipe,
+    name: str,
+    texts: Mapping[str, Sequence[Text]],
+    boundaries: Mapping[str, int],
+    held_out: bool,
+) -> list[Text]:
+    """Texts that are held out, or trained on: those that no subset holds out."""
+    held = {
+        other: [
+            text
+            for text in kept_texts(recipe, other, texts)
+            if place_of(recipe, other, text) >= boundaries[other]
+        ]
+        for other in recipe.subsets
+    }
+    if held_out:
+        return held[name]
+    known = {text.text for found in held.values() for text in found}
+    return [text for text in kept_texts(recipe, name, texts) if text.text not in known]
 
 
 def stream_of(
@@ -208,15 +252,13 @@ def expected_chunk(
     samples: list[tuple[str, list[tuple[int, Text, int, int]]]] = []
 
     for name, subset in recipe.subsets.items():
-        boundary = plan["held_out_places"][name]
-        side = [
-            t
-            for t in kept_texts(recipe, name, texts[name])
-            if (t.position >= boundary) == (chunk == HELD_OUT)
-        ]
+        side = texts_on_side(recipe, name, texts, plan["held_out_places"], chunk == HELD_OUT)
         stream = stream_of(recipe, name, side, 1 if chunk == HELD_OUT else subset.passes)
-        start, stop = plan["chunks"][chunk][name]
-        samples += [(name, stream[k * length : (k + 1) * length]) for k in range(start, stop)]
+        samples += [
+            (name, stream[k * length : (k + 1) * length])
+            for ranges in plan["chunks"][chunk][name]
+            for k in range(*ranges)
+        ]
 
     order = keyed_permutation(len(samples), recipe.seed, f"rows of {chunk}").tolist()
     expected = Expected([], [], [], set())

@@ -19,14 +19,16 @@ from k2train.config.load import Config
 from k2train.data.chunk import write_chunk, write_manifest
 from k2train.data.manifest import Manifest
 from k2train.errors import UserError
+from k2train.guard.control_files import ControlFiles
 from k2train.guard.stop_signals import StopRequest
 from k2train.launch.environment import Launch
 from k2train.processes import descendants
 from k2train.run_lock.lock import RunLock
 from k2train.train.monitor import RunMonitor
 from k2train.train.preflight import Start, prepare_start, run_directory
+from k2train.train.run import build
 from k2train.train.shutdown import OpenRun
-from k2train.train.trainer import Trainer, build
+from k2train.train.trainer import Trainer
 from tests.support import forkserver
 from tests.support.tiny_model import TINY, grid_of
 
@@ -215,7 +217,7 @@ def opened(launch: Launch, start: Start) -> Iterator[OpenRun]:
 def trainer_job(
     launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing
 ) -> int | str:
-    """A whole run in the pool, as `k2train.train.trainer.train` does it; `change` is done to the
+    """A whole run in the pool, as `k2train.train.run.train` does it; `change` is done to the
     trainer before its first step.
 
     Returns the exit code, the one line of a user's mistake, or the name of the checkpoint that
@@ -224,6 +226,8 @@ def trainer_job(
     fault_injection.arm("", launch.rank)
     try:
         config = Config.model_validate(tree)
+        if launch.rank == 0:
+            ControlFiles(run_directory(config)).refuse_start()
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
         with opened(launch, begun) as run:
             trainer = build(begun, run, verify=launch.rank == 0)

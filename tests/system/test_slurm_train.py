@@ -297,6 +297,22 @@ def test_slurm_tells_whether_a_job_has_ended(outcome: Any) -> None:
     assert outcome == [False, False, False, True]
 
 
+@pytest.mark.slow
+def test_a_start_that_srun_repeats_is_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """By the variables of the real SLURM: in tasks of a step, in a shell of salloc, in a batch."""
+    config = str(ROOT / "configs" / "demo" / "stage1.yaml")
+    command = f"{sys.executable} -m k2train.train {config} --explain >/dev/null 2>&1; echo $?"
+    variables = {"PYTHONPATH": str(ROOT)}
+    given = ("--partition=main", "--ntasks=2")
+    for start, expected in (("srun", "2 2"), ("salloc", "0")):
+        said = cluster.run(start, *given, "bash", "-c", command, at=ROOT, variables=variables)
+        assert " ".join(said.split()) == expected, (start, said)
+    output = tmp_path / "batch.out"
+    batch = ("sbatch", "--wait", *given, f"--output={output}", "--wrap", command)
+    cluster.run(*batch, at=ROOT, variables=variables)
+    assert output.read_text().split() == ["0"]
+
+
 SCENARIOS: dict[str, Callable[[Cluster, Path], Scenario]] = {
     "alone": of_alone,
     "time limit": of_time_limit,

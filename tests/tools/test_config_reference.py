@@ -56,7 +56,7 @@ def test_recipe_meanings_are_those_of_the_schema() -> None:
         ("optimizer", "betas", ["two of number ≥ 0 < 1", "`[0.9, 0.95]`", ""]),
         ("optimizer", "clip_norm", ["number > 0 or `null`", "`1`", "gradient norm"]),
         ("checkpoint", "retry_seconds", ["number ≥ 0", "`600`", "seconds"]),
-        ("precision", "precision", ["`bf16`, `fp32`", "`bf16`", ""]),
+        ("precision", "precision", ["`auto`, `bf16`, `fp32`", "`bf16`", ""]),
         ("recipe executor", "task_bytes", ["whole number ≥ 1", "`268,435,456`", "bytes"]),
     ],
 )

@@ -126,7 +126,7 @@ def test_missing_changed_and_unrecorded_checkpoints_are_marked(tmp_path: Path) -
         for line in _show(str(run)).stdout.splitlines()
         if line.startswith("ckpt_")
     }
-    assert marks["ckpt_001"].endswith("(not on the disk)")
+    assert marks["ckpt_001"].endswith("(not on the disk, and the ledger does not say why)")
     assert marks["ckpt_002"].endswith("(MANIFEST CHANGED)")
     assert marks["ckpt_003"].endswith("(not in the ledger)") and marks["ckpt_003"].split()[3] == "9"
     assert "ckpt_004.tmp" not in marks, "a half-written checkpoint is none"

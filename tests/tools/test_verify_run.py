@@ -18,19 +18,24 @@ import pytest
 
 from k2train.checkpoint.manifest import MANIFEST, seal
 from k2train.data.array_file import ArrayFile
+from k2train.data.manifest import Manifest, read_manifest
 from k2train.launch.environment import Launch
-from k2train.record.events import Resumed, Started, of_kind
+from k2train.record.events import CheckpointRemoved, Resumed, Started, of_kind
 from k2train.record.jsonl import encode_line
 from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.ledger_head import LedgerHead, write_head
 from k2train.record.line_check import with_check
 from k2train.record.metrics import MetricsWriter, read_roots
 from k2train.state_digest import state_root
+from tests.support.data_folder import rewrite
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import ROOT, config_tree, locked_job, make_corpus
 
 TOOL = runpy.run_path(str(ROOT / "tools" / "verify_run.py"))
 verify: Callable[[list[str]], int] = TOOL["main"]
+inspect: Callable[[list[str]], int] = runpy.run_path(str(ROOT / "tools" / "inspect_data.py"))[
+    "main"
+]
 FLIPS = 400
 
 
@@ -77,10 +82,11 @@ def test_a_whole_run_is_called_whole(whole: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "name", ["ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"]
+    "name",
+    ["ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "held_out.jsonl", "config.yaml"],
 )
 def test_four_hundred_changed_bits_are_all_found_and_named(run: Path, name: str) -> None:
-    """A hundred in each of the four; the checkpoints are left out, they are hashed elsewhere."""
+    """A hundred in each of these; the checkpoints are left out, they are hashed elsewhere."""
     shutil.rmtree(run / "checkpoints")
     before = set(problems(run))
     path, draw = run / name, random.Random(name)
@@ -104,6 +110,56 @@ def test_a_changed_bit_of_a_checkpoint_is_named(run: Path) -> None:
     shard.write_bytes(content)
     (found,) = problems(run)
     assert str(run / "checkpoints" / "ckpt_001") in found and shard.name in found
+
+
+def test_data_made_again_is_the_data_of_the_run(
+    pool: GlooPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches data made again by another Python, which the tools and a start call other data; and
+    provenance of other documents under the same tokens that is called the same.
+    """
+
+    def written(content: str, python: str) -> Manifest:
+        chunks = [
+            info.model_copy(update={"provenance_content_sha256": content * 64})
+            for info in read_manifest(tmp_path / "data").all_chunks()
+        ]
+        held_out = chunks.pop()
+        return rewrite(
+            tmp_path / "data", chunks=chunks, held_out=held_out, facts={"python": python}
+        )
+
+    make_corpus(tmp_path / "data", chunks=1)
+    before = written("5", "3.11.7")
+    tree = config_tree(before.path, tmp_path / "runs", "again")
+    assert pool.run(1, locked_job, tree | {"run": tree["run"] | {"stop_after_steps": 2}}) == [75]
+    after = written("5", "3.99.0")
+    assert before.sha256 != after.sha256 and before.content_sha256 == after.content_sha256
+    assert pool.run(1, locked_job, tree) == [0]
+
+    run = tmp_path / "runs" / "again"
+    (started,) = of_kind(read_ledger(run / "ledger.jsonl"), Started)
+    assert (started.data_manifest_sha256, started.data_content_sha256) == (
+        before.sha256,
+        before.content_sha256,
+    )
+    for content, code in (("5", 0), ("6", 2)):
+        written(content, "3.99.0")
+        assert (verify([str(run), "--data"]) == 0) == (code == 0)
+        assert inspect(["--run", str(run)]) == code
+        assert ("is not the data" in capsys.readouterr().err) == (code != 0)
+
+
+def test_a_removed_checkpoint_is_not_missing(run: Path) -> None:
+    """Catches a note about what the ledger explains, and silence about what it does not."""
+    gone = run / "checkpoints" / "ckpt_000_step_000002"
+    shutil.rmtree(gone)
+    (note,) = TOOL["problems_of"](run, None)
+    assert note.note and note.text.startswith(f"{gone}: is missing")
+    Ledger(run / "ledger.jsonl").append(
+        CheckpointRemoved(attempt=2, checkpoint=gone.name, reason="2 newer ones are verified")
+    )
+    assert list(TOOL["problems_of"](run, None)) == []
 
 
 def edit_manifest(run: Path, **changes: Any) -> None:

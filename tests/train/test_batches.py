@@ -16,6 +16,7 @@ from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChu
 FILE = ChunkIdentity(FileIdentity(7, 100, 1, 1))
 TOUCHED = ChunkIdentity(FileIdentity(7, 100, 1, 2))
 OTHER = ChunkIdentity(FileIdentity(8, 100, 1, 1))
+LOADER: Any = SimpleNamespace(identity=lambda name: FILE)
 
 
 @dataclass
@@ -38,7 +39,6 @@ class Told:
 def source(told: Told) -> BatchSource:
     made = BatchSource.__new__(BatchSource)
     made._agreement = told  # type: ignore[assignment]
-    made.loader = SimpleNamespace(identity=lambda name: FILE)  # type: ignore[assignment]
     return made
 
 
@@ -58,17 +58,17 @@ def test_ranks_of_one_machine_open_one_file(ranks: list[Any], alike: bool) -> No
     """Catches a chunk exchanged between two opens, and machines with copies of their own."""
     made = source(Told(ranks=ranks))
     if alike:
-        made._agree(None, "chunk_001")
+        made._agree(None, LOADER, "chunk_001")
     else:
         with pytest.raises(
             UnavailableChunkError, match=r"chunk_001: rank [12] opened another file"
         ):
-            made._agree(None, "chunk_001")
+            made._agree(None, LOADER, "chunk_001")
 
 
 def test_what_one_rank_found_is_everyones() -> None:
     """Catches a rank that leaves alone, or with another exit code than the others."""
     with pytest.raises(DamagedChunkError, match="bad row"):
-        source(Told((1, "bad row")))._agree(None, "chunk_001")
+        source(Told((1, "bad row")))._agree(None, LOADER, "chunk_001")
     with pytest.raises(UnavailableChunkError, match="rank 1: stale"):
-        source(Told(UnavailableError("rank 1: stale")))._agree(None, "chunk_001")
+        source(Told(UnavailableError("rank 1: stale")))._agree(None, LOADER, "chunk_001")

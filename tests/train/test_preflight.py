@@ -5,16 +5,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import k2train.train.preflight as preflight
 from k2train.checkpoint import disk_space
 from k2train.checkpoint.disk_space import CheckpointBytes
 from k2train.checkpoint.manifest import MANIFEST, THINNED, checkpoint_name, seal
+from k2train.checkpoint.retention import KEEP
 from k2train.config.load import Config
+from k2train.data.prepare.write.text_files import write_texts
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError
 from k2train.files import sha256_file, write_synced
 from k2train.plan.cost import parameters, tensor_count
+from k2train.train.held_out_sets import held_out_sets
 from k2train.train.preflight import (
     check_data,
     prepare_start,
@@ -241,6 +245,17 @@ def test_what_may_not_change(run: Run, changes: dict[str, Any], words: str) -> N
     assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
+def test_another_rate_is_no_other_run(run: Run) -> None:
+    """Catches a frightening sentence for what the same sentence then allows."""
+    run.checkpoint(1, 5)
+    with pytest.raises(CheckpointError, match=r"was saved with another schedule .*lr\.peak") as one:
+        run.start(lr__peak=0.5)
+    assert "belongs to another run" not in str(one.value)
+    assert "run.allow=[lr.peak]" in str(one.value)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        run.start(lr__peak=0.5, run__seed=8)
+
+
 def test_differences_of_nothing(run: Run, data: Path) -> None:
     """Equal identities, one of them read back from JSON, do not differ.
 
@@ -250,6 +265,13 @@ def test_differences_of_nothing(run: Run, data: Path) -> None:
     identity = identity_of(config, *check_data(config))
     assert identity_differences(json.loads(json.dumps(identity)), identity) == []
     assert len(identity_differences({}, identity)) > 20
+
+
+def test_a_stop_that_comes_during_a_start_is_no_mistake(run: Run) -> None:
+    """Catches exit code 2 on ranks that look after rank 0, whose watch ends the start with 75."""
+    run.directory.mkdir(parents=True)
+    (run.directory / "STOP").touch()
+    assert run.start().candidates == () and (run.directory / "STOP").exists()
 
 
 def test_large_data_is_not_all_hashed_at_start(
@@ -270,7 +292,7 @@ def test_large_data_is_not_all_hashed_at_start(
     manifest, order = check_data(run.config(data__order=[2, 0]))
     for step, names in ((0, ["chunk_002"]), (4, ["chunk_002"]), (5, ["chunk_000"]), (10, [])):
         seen.clear()
-        verify_data(manifest, order, step)
+        verify_data(manifest, order, step, held_out_sets(run.config(), manifest))
         assert seen == [*names, "held_out"], step
 
 
@@ -305,9 +327,10 @@ def test_damage_in_what_is_read_next(
 
 
 def test_held_out_rows_that_make_no_batch(run: Run) -> None:
-    """Every held-out loss would silently be None."""
-    with pytest.raises(DataError, match=r"24 rows.*batch.global_sequences \(36\)"):
-        run.start(batch__global_sequences=3 * GLOBAL)
+    """Catches a large batch that is forbidden because few rows are held out."""
+    changes = {"batch__global_sequences": 3 * GLOBAL, "lr__warmup_steps": 0}
+    (held_out,) = run.start(**changes).held_out
+    assert held_out.rows == held_out.total_rows == 2 * GLOBAL
 
 
 def test_another_held_out_chunk(run: Run, tmp_path: Path) -> None:
@@ -379,12 +402,42 @@ def test_sources_are_compared_where_both_are_recorded(tmp_path: Path) -> None:
     assert child.start(run__init_from=str(parent)).transition.sources_compared is True
     shared = record_sources(tmp_path / "next", training=["first.txt"], held_out=["next.txt"])
     rewrite(tmp_path / "next", facts={"sources_sha256": shared})
-    with pytest.raises(DataError, match=r"shares data with the stage before: source first\.txt"):
+    with pytest.raises(
+        DataError, match=r"shares data with what was trained on before: source first\.txt"
+    ):
         child.start(run__init_from=str(parent))
     allowed = child.start(run__init_from=str(parent), data__seen_before="allow").transition
     assert allowed.data_in_common == ("source first.txt",), "what is allowed is still recorded"
     rewrite(tmp_path / "first", facts={})
     assert child.start(run__init_from=str(parent)).transition.sources_compared is False
+
+
+def record_texts(folder: Path, hashes: range) -> dict[str, Any]:
+    """`texts.npy` of a folder; the fact that names it."""
+    path = folder / "texts.npy"
+    write_texts(path, np.array(hashes, dtype=np.uint64))
+    return {"texts": {"file": path.name, "sha256": sha256_file(path), "count": len(hashes)}}
+
+
+def test_the_seam_compares_texts(tmp_path: Path) -> None:
+    """Catches documents of the stage before in a file that was cut anew, a file in common that is
+    refused though no text of it is, and a comparison that is not named.
+    """
+    for name, seed, hashes in (("first", 1, range(100)), ("next", 9, range(90, 130))):
+        make_corpus(tmp_path / name, 2, seed=seed)
+        sources = {"sources_sha256": record_sources(tmp_path / name, training=["same.txt"])}
+        rewrite(tmp_path / name, facts=sources | record_texts(tmp_path / name, hashes))
+    parent = Run(tmp_path / "parent", tmp_path / "first").checkpoint(2, 10)
+    child = Run(tmp_path / "child", tmp_path / "next")
+    with pytest.raises(DataError, match=r"before: 10 of its 40 documents by text; .*`seen`"):
+        child.start(run__init_from=str(parent))
+    allowed = child.start(run__init_from=str(parent), data__seen_before="allow").transition
+    assert allowed.data_in_common == ("10 of its 40 documents by text",)
+    assert (allowed.sources_compared, allowed.data_compared) == (True, "all 40 texts")
+
+    rewrite(tmp_path / "next", facts=sources | record_texts(tmp_path / "next", range(100, 130)))
+    transition = child.start(run__init_from=str(parent)).transition
+    assert (transition.data_in_common, transition.data_compared) == ((), "all 30 texts")
 
 
 def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
@@ -397,7 +450,7 @@ def test_the_seam_without_the_earlier_data(run: Run, tmp_path: Path) -> None:
     parent = earlier.checkpoint(3, 15)
     shutil.rmtree(tmp_path / "gone")
     with pytest.raises(
-        DataError, match="shares data with the stage before: chunk_000 is chunk_000"
+        DataError, match="shares data with what was trained on before: chunk_000 is chunk_000"
     ):
         run.start(run__init_from=str(parent))
     make_corpus(tmp_path / "next", 2, seed=9)
@@ -446,3 +499,31 @@ def test_init_from_is_for_fresh_starts(run: Run) -> None:
     run.checkpoint(1, 5)
     start = run.start(run__init_from=str(run.folder / "gone"))
     assert start.parent is None and start.candidates
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"), (("ckpt_003", True), ("ckpt_001", True), ("x", False))
+)
+def test_a_file_in_the_place_of_a_checkpoint(run: Run, name: str, refused: bool) -> None:
+    """Catches a run that trains a whole chunk and then cannot save it, at every start again."""
+    (run.directory / "checkpoints").mkdir(parents=True)
+    (run.directory / "checkpoints" / name).touch()
+    if refused:
+        with pytest.raises(RunError, match=f"{name} is no checkpoint, but {name} is to be saved"):
+            run.start()
+        return
+    assert not run.start().candidates
+
+
+def test_saves_that_stay_make_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a disk that is planned as if kept saves were replaced."""
+    asked: list[int] = []
+    monkeypatch.setattr(
+        preflight, "check_plan", lambda *a: asked.append(a[5] if len(a) > 5 else -1)
+    )
+    run.checkpoint(0, 0)
+    ones = [run.checkpoint(0, step, numbered=False) for step in (2, 3)]
+    run.start()
+    (ones[0] / KEEP).touch()
+    run.start()
+    assert [inside for inside in asked if inside >= 0] == [1, 2]

@@ -15,9 +15,10 @@ from k2train.files import write_synced
 from k2train.record.events import CheckpointSaved, Resumed, Started, Stopped, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import StepRecord, read_metrics
-from k2train.train import run_logger
+from k2train.train import rank_zero_logger
 from k2train.train.preflight import Start, prepare_start
-from k2train.train.run_logger import RankZeroRunLogger, RunLogger
+from k2train.train.rank_zero_logger import RankZeroRunLogger
+from k2train.train.run_logger import RunLogger
 from tests.support.events import event
 from tests.support.tiny_corpus import ROOT, config_tree, make_corpus, manifest_of
 
@@ -112,13 +113,13 @@ def test_recover_looks_at_what_is_new(
     first.recover(paths[:4])
     first.event(event(Resumed, attempt=2, checkpoint="ckpt_002", step=5))
     read: list[str] = []
-    real = run_logger.manifest_sha256
+    real = rank_zero_logger.manifest_sha256
 
     def noting(path: Path) -> str:
         read.append(path.name)
         return real(path)
 
-    monkeypatch.setattr(run_logger, "manifest_sha256", noting)
+    monkeypatch.setattr(rank_zero_logger, "manifest_sha256", noting)
     # The third was set aside after that resume, and is another one now; the fourth is new.
     raw = {k: v for k, v in manifest_of(paths[3]).items() if k != "self_sha256"}
     (paths[3] / "manifest.json").write_text(manifest_text(seal(raw | {"attempt": 2})))

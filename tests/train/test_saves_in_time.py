@@ -75,6 +75,21 @@ def test_a_run_killed_again_and_again_finishes_with_the_same_bits(base: Path) ->
     assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
 
 
+def test_nothing_is_saved_between_bad_steps(base: Path) -> None:
+    """Catches a skipped step that stays skipped, although what made its gradient bad is gone: a
+    save between the bad steps that stop a run is where the next start would go on.
+    """
+    settings = tree(base, "bad_steps", checkpoint__every_seconds=1e-6)
+    path, run = write_yaml(base / "bad_steps.yaml", settings), base / "runs" / "bad_steps"
+    bad = ";".join(f"gradient@rank=0@step={step}:nan" for step in (2, 3, 4))
+    assert train(path, K2TRAIN_FAULTS=bad).returncode == 1
+
+    saved = of_kind(read_ledger(run / "ledger.jsonl"), CheckpointSaved)
+    assert [one.step for one in saved] == [0, 1], "it was time for a save after every step"
+    assert train(path).returncode == 0
+    assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
+
+
 def test_the_reason_is_told(base: Path) -> None:
     path = write_yaml(base / "told.yaml", tree(base, "told"))
     killed_at(path, 2)

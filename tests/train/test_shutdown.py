@@ -1,15 +1,17 @@
 """Shutdown: what a run leaves behind, however early it ends, with parts that only take notes."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from k2train.errors import EXIT_FAILED, RunError
+from k2train.guard.stop_signals import StopAsked
 from k2train.parallel.agreement import SaveError
 from k2train.plan.layout import Layout
-from k2train.record.events import Event, Stopped
-from k2train.train.monitor import DamageError
+from k2train.record.events import Event, Failed, Stopped
+from k2train.train.monitor import ANOTHER_RANK, DamageError
 from k2train.train.run_logger import RunLogger
 from k2train.train.shutdown import OpenRun
 
@@ -113,3 +115,28 @@ def test_an_interrupt_closes_and_goes_on() -> None:
     with pytest.raises(KeyboardInterrupt), run:
         raise KeyboardInterrupt
     assert logger.events == [] and logger.closed and told == [("done", 0)]
+
+
+@pytest.mark.parametrize("another", (True, False))
+def test_a_sigterm_past_the_launcher(monkeypatch: pytest.MonkeyPatch, another: bool) -> None:
+    """Catches a rank that is ended because another one stopped on request, told as a failure, and
+    one that is ended because another one failed, told as a request.
+    """
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("K2TRAIN_VERDICTS", raising=False)
+    monkeypatch.setattr("os._exit", sys.exit)
+    run, _ = opened()
+    run.grid.rank = 0
+    monitor: Any = run.monitor
+    monitor.watchdog = SimpleNamespace(another_stopped=lambda: another)
+    monitor.report_lost_connection = lambda error: f"rank 1 died ({error})"
+    monitor.close = lambda problem="", stopped=False: None
+    logger = run.logger = Noted()
+    with pytest.raises(StopAsked if another else SystemExit) as raised, run:
+        raise StopAsked("SIGTERM")
+    (end,) = logger.events
+    if another:
+        assert isinstance(end, Stopped) and end.reason == ANOTHER_RANK == str(raised.value)
+    else:
+        assert isinstance(end, Failed) and end.problem.startswith("rank 1 died (SIGTERM during")
+        assert isinstance(raised.value, SystemExit) and raised.value.code == EXIT_FAILED

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,14 @@ import pytest
 
 from k2train.config.load import Config
 from k2train.errors import RunError, UnavailableError
-from k2train.record.events import Takeover
+from k2train.guard.stop_signals import StopAsked, StopRequest
+from k2train.record import jsonl, ledger
+from k2train.record.events import Starting, Stopped, Takeover
+from k2train.record.ledger import read_ledger
 from k2train.train import start_record
 from k2train.train.preflight import Start, prepare_start
-from k2train.train.run_logger import RankZeroRunLogger, RunLogger
+from k2train.train.rank_zero_logger import RankZeroRunLogger
+from k2train.train.run_logger import RunLogger
 from k2train.train.start_record import log_finished, open_run_logger
 from tests.support.tiny_corpus import config_tree, make_corpus
 
@@ -32,7 +37,11 @@ def start(tmp_path: Path) -> Start:
 
 
 def run_of(rank: int) -> Any:
-    return SimpleNamespace(grid=SimpleNamespace(rank=rank), logger=RunLogger())
+    return SimpleNamespace(
+        grid=SimpleNamespace(rank=rank),
+        logger=RunLogger(),
+        monitor=SimpleNamespace(stop=StopRequest()),
+    )
 
 
 class Alone:
@@ -64,6 +73,38 @@ def test_a_peer_that_dies_meanwhile_can_be_recorded(
     with pytest.raises(RuntimeError, match="closed by peer"):
         open_run_logger(start, run, None, "malloc")
     assert isinstance(run.logger, RankZeroRunLogger)
+
+
+@pytest.mark.parametrize("call", ("append_bytes", "fsync", "write_head"))
+def test_a_signal_in_a_write_leaves_the_record_whole(
+    start: Start, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Catches a line that is on disk and not in the account: it would be written twice, or its size
+    taken for another process's.
+    """
+    monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
+    run = run_of(0)
+    logger = open_run_logger(start, run, None, "malloc")
+    # The ledger's own calls: `fsync` is behind the line, and before anything is known of it.
+    holder: Any = jsonl.os if call == "fsync" else ledger
+    real = getattr(holder, call)
+
+    def interrupted(*given: Any, **named: Any) -> Any:
+        result = real(*given, **named)
+        monkeypatch.setattr(holder, call, real)
+        signal.raise_signal(signal.SIGUSR1)
+        return result
+
+    with run.monitor.stop as stop:
+        stop.begin_start()
+        monkeypatch.setattr(holder, call, interrupted)
+        with pytest.raises(StopAsked, match="SIGUSR1"):
+            logger.event(Starting(attempt=1, step=0))
+        logger.event(Stopped(attempt=1, reason="SIGUSR1", step=0, problem=""))
+
+    path = start.directory / "ledger.jsonl"
+    assert [entry.event.name for entry in read_ledger(path)] == ["starting", "stopped"]
+    assert logger.all_written() and ledger.Ledger(path).head == logger.ledger_head
 
 
 def test_rank_0_says_what_it_found(
@@ -136,7 +177,7 @@ def test_what_a_kill_left_is_removed(
 def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches "no space left" on a disk that shows room."""
 
-    def no_room(start: Start) -> RankZeroRunLogger:
+    def no_room(start: Start, stop: StopRequest) -> RankZeroRunLogger:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(start.directory / "a"))
 
     monkeypatch.setattr(start_record, "Agreement", Alone("mine"))

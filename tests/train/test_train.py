@@ -17,13 +17,11 @@ import torch
 import xxhash
 
 from k2train import fault_injection
-from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.verify import verify_checkpoint
-from k2train.config.load import Config, flat_values, load_config
+from k2train.config.load import flat_values, load_config
 from k2train.data.loader import MicroBatch
 from k2train.errors import DataError, RunError
-from k2train.launch.environment import Launch
 from k2train.record.events import (
     CheckpointSaved,
     CheckpointVerified,
@@ -42,7 +40,7 @@ from k2train.record.ledger import read_ledger
 from k2train.record.metrics import StepRecord, latest, read_metrics
 from k2train.run_lock.lock import RunLock
 from k2train.train.host_memory import malloc_settings
-from k2train.train.run_logger import RankZeroRunLogger
+from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
@@ -62,7 +60,6 @@ from tests.support.tiny_corpus import (
     wait_for,
     write_yaml,
 )
-from tests.support.tiny_model import engine_of, grid_of, split
 
 sys.path.insert(0, str(ROOT / "tools"))
 import compare_runs
@@ -116,6 +113,10 @@ def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(line.keys() == METRICS | {"check"} for line in lines)
     assert [row.consumed_tokens for row in rows] == [row.step * GLOBAL * 16 for row in rows]
+    # Of all ranks together, whatever their number.
+    assert all(
+        row.tokens_per_second * row.seconds == pytest.approx(GLOBAL * 16, rel=1e-9) for row in rows
+    )
     within = [(row.step - 1) % STEPS_PER_CHUNK * GLOBAL for row in rows]
     assert [row.rows for row in rows] == [[first, first + GLOBAL] for first in within]
     folder = Path(load_config(str(path)).data.manifest).parent
@@ -245,38 +246,6 @@ def test_replicas_that_are_fed_different_ids_stop_the_run(
     assert "step 3: ranks that read the same rows of chunk_000 were fed" in stopped.problem
     assert [row.step for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["ckpt_000"]
-
-
-def held_out_job(launch: Launch, config: Config, path: str, held_out: str) -> float:
-    """The loss of a checkpoint on rows read with NumPy, without the loader
-    and without the trainer.
-    """
-    grid = grid_of(launch, config)
-    engine = engine_of(config, grid, fill=False)
-    load_states(
-        Path(path), engine.gradients.shard_layout, engine.optimizer.flat_shards, grid, engine.dtype
-    )
-    engine.optimizer.write_parameters()
-    rows = torch.from_numpy(np.load(held_out).astype(np.int64))
-    losses = [engine.evaluate(split(config, batch)) for batch in rows.split(GLOBAL)]
-    return sum(losses) / len(losses)
-
-
-def test_held_out_loss_is_a_direct_evaluation(
-    base: Path, pool: GlooPool, plain: dict[str, Any]
-) -> None:
-    """Catches an evaluation of other weights (before the step, or while they change) or of other
-    rows.
-    """
-    config = load_config(str(plain["path"]))
-    saved = events(plain["run"], CheckpointSaved)
-    assert len({event.held_out_loss for event in saved}) == 3
-    for event in saved:
-        path = plain["run"] / "checkpoints" / event.checkpoint
-        (direct,) = pool.run(
-            1, held_out_job, config, str(path), str(base / "data" / "held_out.npy")
-        )
-        assert direct == event.held_out_loss
 
 
 def optimizer_of(checkpoint: Path) -> dict[str, bytes]:
@@ -620,15 +589,15 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
 
 def damaged_when_half_read(trainer: Trainer) -> None:
     """The held-out chunk was whole when it was opened."""
-    loader = trainer.batches.loader
-    held_out = loader.held_out
+    (loader,) = trainer.batches.held_out
+    read = loader.read
 
     def damaged(index: int) -> Any:
         if index == 1:
             raise DataError("held_out: row 13 is not what was prepared")
-        return held_out(index)
+        return read(index)
 
-    loader.held_out = damaged  # type: ignore[method-assign]
+    loader.read = damaged  # type: ignore[method-assign]
 
 
 def test_damage_found_while_one_process_reads_saves_first(base: Path, pool: GlooPool) -> None:

@@ -198,10 +198,11 @@ def harm_newest(scene: Scene) -> Drawn:
     if len(whole) < 3 or scene.restarts.harmed:
         return Drawn()
     path = scene.draw.choice(file_damage.shards_of(whole[-1]))
+    is_read = path in file_damage.loaded_of(whole[-1])
     file_damage.KINDS[scene.draw.choice(("flip", "cut", "empty", "lost", "swapped"))](
         path, scene.draw
     )
-    scene.restarts.expect_fewer(whole[-1].name)
+    scene.restarts.expect_fewer(whole[-1].name, is_read)
     return Drawn(done=True)
 
 

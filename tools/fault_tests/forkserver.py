@@ -49,7 +49,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PR_SET_CHILD_SUBREAPER, PR_SET_PDEATHSIG = 36, 1
 MODULES = (
-    "k2train.train.trainer", "k2train.train.__main__", "k2train.fault_injection",
+    "k2train.train.run", "k2train.train.__main__", "k2train.fault_injection",
     "torch._dynamo", "torch._inductor.utils", "safetensors.torch",
     "numpy.random", "numpy.fft", "ctypes.util",
 )  # fmt: skip
@@ -270,7 +270,7 @@ def meet(port: int) -> None:
     """Let this rank look for rank 0 when it listens: torch, when it comes first, waits for up to a
     second to ask again.
     """
-    trainer: Any = importlib.import_module("k2train.train.trainer")
+    trainer: Any = importlib.import_module("k2train.train.run")
     start = trainer.start_process_group
 
     def started(*arguments: Any) -> Any:

@@ -26,8 +26,12 @@ DOCUMENTS = {
     "held_out": "held_out_documents",
     "outside": "outside_documents",
     "not_chosen": "not_chosen_documents",
+    "empty": "empty_documents",
+    "filtered": "filtered_documents",
     "short": "short_documents",
     "duplicates": "duplicate_documents",
+    "held_out_copies": "held_out_copy_documents",
+    "seen": "seen_documents",
     "rejected": "rejected_documents",
     "shared_ids": "repeated_id_documents",
 }
@@ -76,6 +80,7 @@ def folder_facts(manifest: Manifest) -> Facts:
     return {
         "manifest": str(manifest.path),
         "manifest_sha256": manifest.sha256,
+        "content_sha256": manifest.content_sha256,
         "name": facts.name,
         "seed": facts.seed,
         "tokenizer_sha256": manifest.tokenizer_sha256,
@@ -181,7 +186,7 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
 
     if given is not None or (recorded and is_file_retried(own)):
         path = given or own
-        tokenizer = Tokenizer.load(path, specials)
+        tokenizer = Tokenizer.load(path, specials, recorded.prefix if recorded else "drop")
         hashed = re.fullmatch(r"[0-9a-f]{64}", manifest.tokenizer_sha256) is not None
         # Imported data may name its tokenizer in words; then there is no hash to compare.
         if tokenizer.sha256 != manifest.tokenizer_sha256 and (hashed or given is None):

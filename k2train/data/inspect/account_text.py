@@ -26,7 +26,12 @@ _LEGEND = {
     "beside it",
     "used": "what the chunks are made of, as far as limit_tokens and rows_per_chunk let it",
     "not chosen": "outside the interval `documents` of the recipe",
+    "empty": "without any text",
+    "filtered": "another value of a field than `where` of the recipe wants",
     "short": "below min_characters",
+    "duplicates": "texts that were there before, in this subset or one above it",
+    "held out copies": "texts to train on that are held out, here or in another subset: not used",
+    "seen": "texts of the data that `seen` of the recipe names: not used",
     "rejected": "broken, not among those read; rejected.jsonl lists them",
     "shared ids": "documents with the id of an earlier one of their file, as far as seen; used "
     "like all others",
@@ -47,7 +52,9 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
         f"vocabulary {facts['vocab_size']:,} ({facts['dtype']})",
         f"tokenizer {brief(facts['tokenizer_sha256'])}",
     ]
-    yield "; ".join([*about, f"sha256 {facts['manifest_sha256'][:12]}"])
+    about.append(f"sha256 {facts['manifest_sha256'][:12]}")
+    about += [f"content {facts['content_sha256'][:12]}"] if facts["content_sha256"] else []
+    yield "; ".join(about)
 
     if held := facts["held_out"]:
         yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"

@@ -16,6 +16,7 @@ from typing import Any
 
 from k2train.data.manifest import ChunkInfo, Manifest, short_list
 from k2train.errors import DataError, UserError
+from k2train.files import sha256_file
 from k2train.retry import is_file_retried
 
 Facts = dict[str, Any]
@@ -27,6 +28,8 @@ LATER = ("offset", "fim", "repeat")
 """Columns that older or imported folders may lack; reported as None, which is not 0 or "none"."""
 FILE = "__filename"
 """The column in which pyarrow gives the file of a line."""
+SEVERAL = "several subsets"
+"""In place of a subset's name, for a row that holds pieces of more than one."""
 HINT_CHUNKS = 8
 """Number of chunks searched for similar names when a document is not found."""
 
@@ -150,6 +153,32 @@ def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, lis
 
 
 # Files
+
+
+def subset_of_rows(
+    manifest: Manifest, info: ChunkInfo, rows: int, progress: Callable[[], None] | None = None
+) -> list[str]:
+    """Return the subset of each of the first `rows` rows of a chunk; `progress` as it is hashed.
+
+    A row with pieces of several subsets is of `SEVERAL`. Raises DataError when the provenance is
+    missing or damaged, or does not cover the rows, UserError when pyarrow is missing,
+    UnavailableError or OSError when it cannot be read.
+    """
+    if len(info.tokens_per_subset) == 1:
+        return list(info.tokens_per_subset) * rows
+
+    path = _path(manifest, info)
+    if info.provenance_sha256 != sha256_file(path, progress):
+        raise DataError(f"{path}: is not the file that {manifest.path} was written with")
+    table = _read(manifest, [info], ("row", "subset"), lambda field: field("row") < rows)
+
+    found: list[str | None] = [None] * rows
+    for row, subset in zip(*(table[key].to_pylist() for key in ("row", "subset")), strict=True):
+        found[row] = subset if found[row] in (None, subset) else SEVERAL
+    missing = sum(name is None for name in found)
+    if missing:
+        raise DataError(f"{path}: knows nothing of {missing} of {rows} rows")
+    return [str(name) for name in found]
 
 
 def _path(manifest: Manifest, info: ChunkInfo) -> Path:

@@ -62,6 +62,7 @@ class RecordedCheckpoint:
     config: Mapping[str, Any]
     manifest_sha256: str | None
     order: Sequence[tuple[str, str]]
+    content_sha256: str | None = None
 
 
 def order_of_checkpoint(

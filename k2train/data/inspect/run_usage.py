@@ -10,6 +10,7 @@ Alternatives considered:
 """
 
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from k2train.data.inspect.run_progress import (
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
 from k2train.errors import DataError, RunError
-from k2train.files import sha256_file
 from k2train.record.events import CheckpointSaved, ChunkDeferred, Entry, Started, of_kind
 from k2train.record.metrics import last_record
 from k2train.retry import is_file_retried
@@ -107,14 +107,16 @@ class Run:
     def _data(
         self, given: Path | None, config: Mapping[str, Any], base: RecordedCheckpoint | None
     ) -> Manifest:
-        recorded = {started.data_manifest_sha256 for started in of_kind(self.entries, Started)}
-        if base is not None and base.manifest_sha256 is not None:
-            recorded.add(base.manifest_sha256)
+        recorded: set[str] = set()
+        for started in of_kind(self.entries, Started):
+            recorded |= {started.data_manifest_sha256, started.data_content_sha256 or ""} - {""}
+        if base is not None:
+            recorded |= {base.manifest_sha256 or "", base.content_sha256 or ""} - {""}
         manifest = read_manifest(
             given or _locate_manifest(Path(config["data"]["manifest"]), self.directory, recorded)
         )
 
-        if manifest.sha256 not in recorded:
+        if not manifest.is_named(recorded):
             raise DataError(
                 f"{manifest.path} is not the data of {self.name}: its sha256 is "
                 f"{manifest.sha256[:12]}, the run recorded "
@@ -266,5 +268,9 @@ def _locate_manifest(written: Path, directory: Path, recorded: Collection[str]) 
         for base in (*directory.resolve().parents, Path())
         if is_file_retried(base / written)
     ]
-    right = (path for path in found if sha256_file(path) in recorded)
-    return next(right, found[0] if found else written)
+    for path in found if len(found) > 1 else ():
+        # Another one may be damaged; the one that is taken in the end is read again.
+        with suppress(DataError):
+            if read_manifest(path).is_named(recorded):
+                return path
+    return found[0] if found else written

@@ -13,13 +13,12 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from k2train.config.messages import Contradiction
-from k2train.data.tokenizer import K2_SPECIAL_TOKENS
+from k2train.data.prepare.field_keys import Conditions, TextKeys
+from k2train.data.prepare.tokenizer_recipe import Count, Natural, Section, TokenizerRecipe
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Natural = Annotated[int, Field(ge=0, strict=True)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[Share, Share]
 StdlibKind = Literal["stdlib_code", "stdlib_docstrings", "stdlib_topics"]
@@ -29,42 +28,7 @@ WHOLE: Interval = (0.0, 1.0)
 MAX_REPEAT = 100
 
 
-class _Section(BaseModel):
-    """Base of all recipe sections: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TrainTokenizer(_Section):
-    """How to train the tokenizer when its model file is absent.
-
-    `vocab_size` does not count the special tokens. A corpus larger than `max_bytes` is sampled by
-    document, since training holds its text in memory.
-    """
-
-    vocab_size: Count = 4096
-    max_bytes: Count = 2**26
-
-
-class TokenizerRecipe(_Section):
-    """The sentencepiece model, and how to train it when its file is absent.
-
-    With `train` it is trained on all documents of the subsets, whatever their shares. `specials`
-    get the ids after its pieces. They exist only as ids and are never produced from text.
-    """
-
-    model: Path
-    train: TrainTokenizer | None = None
-    specials: tuple[str, ...] = K2_SPECIAL_TOKENS
-
-    @model_validator(mode="after")
-    def _distinct(self) -> "TokenizerRecipe":
-        if len(set(self.specials)) != len(self.specials):
-            raise Contradiction("specials names a token twice", ("specials",))
-        return self
-
-
-class FillInTheMiddle(_Section):
+class FillInTheMiddle(Section):
     """Shares of a subset's documents to rearrange for fill-in-the-middle training.
 
     `psm` is prefix-suffix-middle, `spm` is suffix-prefix-middle.
@@ -82,11 +46,13 @@ class FillInTheMiddle(_Section):
         return self
 
 
-class SubsetRecipe(_Section):
+class SubsetRecipe(Section):
     """A subset: where its documents are, which of them it takes, and how often.
 
-    - `share`: the interval of [0, 1] of files or documents (`split_by`) that this data folder may
-      use. Stages with disjoint shares have no text in common.
+    - `share`: the interval of [0, 1] of texts, documents or files (`split_by`) that this data
+      folder may use. Stages with disjoint shares have no text in common, file or document.
+    - `split_by`: what has a place in [0, 1]: the `text` of a document, so that equal texts are on
+      one side; the `document` by its name; or its whole file, `source`.
     - `documents`: a part of those documents, drawn by the seed. Subsets over the same files can
       take different ones.
     - `repeat`: how often the documents are laid out, each time in another order; 0.5 is one half.
@@ -95,17 +61,19 @@ class SubsetRecipe(_Section):
       used completely.
     - `origin`: names the files in every stage. Default: the named folder, or the folder in front of
       the first wildcard.
+    - `where`: by field (`meta.source`), the values with which a document is taken.
     - `expected_tokens`: tokens of one pass, for `--estimate` without the files.
     """
 
     kind: Literal[FileKind, StdlibKind]
     paths: tuple[str, ...] = ()
     origin: str | None = None
-    text_key: str = "text"
+    text_key: TextKeys = ("text",)
     id_key: str | None = None
+    where: Conditions = Field(default={})
     share: Interval = WHOLE
     documents: Interval = WHOLE
-    split_by: Literal["source", "document"] = Field(
+    split_by: Literal["source", "document", "text"] = Field(
         default_factory=lambda data: _default_split(data.get("kind", ""))
     )
     repeat: Annotated[float, Field(gt=0, le=MAX_REPEAT)] = 1.0
@@ -127,8 +95,14 @@ class SubsetRecipe(_Section):
                     f"{name} {[low, high]} must be ascending, as in [0.0, 0.8]", (name,)
                 )
 
+        if self.where and self.kind not in ("jsonl", "parquet"):
+            raise Contradiction(
+                f"where needs documents with fields: kind jsonl or parquet, not {self.kind}",
+                ("where",),
+                ("kind",),
+            )
         if self.kind in STDLIB_ORIGINS:
-            if self.paths or self.origin or self.id_key or self.split_by == "document":
+            if self.paths or self.origin or self.id_key or self.split_by != "source":
                 keys = ("paths", "origin", "id_key", "split_by", "kind")
                 raise Contradiction(
                     f"kind {self.kind} reads the standard library: "
@@ -150,11 +124,12 @@ class SubsetRecipe(_Section):
         return int(-(-self.repeat // 1))
 
 
-def _default_split(kind: str) -> Literal["source", "document"]:
-    return "document" if kind in ("jsonl", "parquet") else "source"
+def _default_split(kind: str) -> Literal["source", "text"]:
+    # Docstrings are held out together with the code they are part of, so by its file.
+    return "source" if kind.startswith("stdlib") else "text"
 
 
-class HeldOutRecipe(_Section):
+class HeldOutRecipe(Section):
     """Validation rows from documents that no chunk uses: the upper end of each subset's share.
 
     Holds out `share` of it, or as much as `rows` rows need. With both, `rows` are taken from
@@ -171,7 +146,7 @@ class HeldOutRecipe(_Section):
         return self
 
 
-class ExecutorRecipe(_Section):
+class ExecutorRecipe(Section):
     """Where the tasks run: processes of this machine, SLURM jobs, or a Ray cluster.
 
     Never changes a byte of the result.
@@ -191,7 +166,7 @@ class ExecutorRecipe(_Section):
     partition: str | None = None
     time: str = "04:00:00"
     memory_gb: Count = 4
-    arguments: dict[str, str] = {}
+    arguments: dict[str, str] = Field(default={})
     environment: str | None = None
 
     @model_validator(mode="after")
@@ -205,8 +180,10 @@ class ExecutorRecipe(_Section):
         return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """The recipe of one data folder.
+
+    `seen` are manifests of other data folders, as of the stage before: no text of theirs is used.
 
     Without `rows_per_chunk` every sample is used, and chunks differ by one row at most. A subset
     with a larger share of broken documents than `max_rejected_share` stops the preparation.
@@ -222,6 +199,7 @@ class Recipe(_Section):
     tokenizer: TokenizerRecipe
     subsets: dict[str, SubsetRecipe] = Field(min_length=1)
     held_out: HeldOutRecipe | None = None
+    seen: tuple[Path, ...] = ()
     document_borders: bool = False
     max_rejected_share: Share = 0.01
     executor: ExecutorRecipe = ExecutorRecipe()
@@ -299,11 +277,17 @@ class Recipe(_Section):
 
         Excludes where the output, the documents and the tokenizer's model are stored.
         """
-        excluded = {"output", "work", "executor", "max_rejected_share"}
+        # The texts of `seen` are recorded by their hashes, see `run.publish`.
+        excluded = {"output", "work", "executor", "max_rejected_share", "seen"}
         content = self.model_dump(mode="json", exclude=excluded)
         del content["tokenizer"]["model"]
+        if self.tokenizer.dummy_prefix == "drop":
+            del content["tokenizer"]["dummy_prefix"]
         for name, subset in content["subsets"].items():
             del subset["paths"], subset["expected_tokens"]
+            # Keys that came later are no part of it by their default, so old folders stay valid.
+            if not subset["where"]:
+                del subset["where"]
             subset["origin"] = self.origin_of(name)
         # The order of the subsets decides rows and the allocation of odd samples. The hash sorts
         # its keys, so the order is an entry of its own.

@@ -1,32 +1,28 @@
 """Document sources: a file or a reference page under a stable name, and its hashed contents.
 
-- The name decides the split. `split_position` maps a file or a document to a point in [0, 1), and
-  the shares of all recipes divide the same interval. It does not depend on a recipe's seed, since
-  two stages with different seeds must still be disjoint.
+- The text decides the split, or the name: `text_position` and `split_position` map a document or a
+  file to a point in [0, 1), and the shares of all recipes divide the same interval. It does not
+  depend on a recipe's seed, since two stages with different seeds must still be disjoint.
+- Equal texts have equal positions, in whatever subset or file they are.
 - Bytes are hashed while they are read, so the identity of a source costs no second read.
-- Compressed files are decompressed here. Alternatives considered: the libraries' own file objects;
-  they accept a file that was truncated between two blocks as complete.
 """
 
 import hashlib
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from k2train.errors import DataError, UserError
+from k2train.data.prepare.containers import decompressed
+from k2train.errors import DataError
 from k2train.retry import open_retried
 
 POSITIONS = 2**48
 """Split positions are integers below this, so that the boundary of a share is exact."""
 
 BLOCK_BYTES = 2**18
-# Limit of one decompressed block; repetitive text is compressed a thousandfold.
-MAX_INFLATED_BYTES = 2**22
-MAX_ZSTD_WINDOW = 2**31
 
 
 @dataclass(frozen=True)
@@ -59,6 +55,24 @@ def split_position(unit: str) -> int:
     """
     digest = hashlib.sha256(b"k2train source place\0" + unit.encode()).digest()
     return int.from_bytes(digest[:6], "big")
+
+
+def text_digest(text: bytes) -> bytes:
+    """SHA-256 of a document's text in UTF-8, as the documents are compared by."""
+    return hashlib.sha256(text).digest()
+
+
+def text_hash(digest: bytes) -> int:
+    """First 64 bits of a `text_digest`: how runs, plans and `texts.npy` name a text."""
+    return int.from_bytes(digest[:8], "big")
+
+
+def text_position(digest: bytes) -> int:
+    """Position of a text with this `text_digest`, an integer in [0, POSITIONS).
+
+    Hashed once more: `text_hash` must not tell which side of a split a text is on.
+    """
+    return int.from_bytes(hashlib.sha256(b"k2train text place\0" + digest).digest()[:6], "big")
 
 
 def first_position(fraction: float) -> int:
@@ -125,13 +139,18 @@ class Contents:
         for _ in self.blocks():
             pass
 
+    def unpacked(self) -> Iterator[bytes]:
+        """Yield the bytes block by block, decompressed if the file is compressed.
+
+        The first bytes decide, not the name.
+        """
+        return decompressed(self.source.path or self.source.name, self.blocks())
+
     def lines(self) -> Iterator[bytes]:
-        """Yield lines without their ends; decompresses `.gz` and `.zst` files."""
-        suffix = Path(self.source.name).suffix
-        blocks = {".gz": self._gzip_blocks, ".zst": self._zstd_blocks}.get(suffix, self.blocks)()
+        """Yield lines without their ends; compressed files are decompressed."""
         # Pieces of a line that spans several blocks.
         partial: list[bytes] = []
-        for block in blocks:
+        for block in self.unpacked():
             first, *rest = block.split(b"\n")
             partial.append(first)
             if rest:
@@ -141,59 +160,6 @@ class Contents:
 
         if last := b"".join(partial):
             yield last
-
-    def _gzip_blocks(self) -> Iterator[bytes]:
-        """Decompressed blocks of all members of a gzip file."""
-        inflate = zlib.decompressobj(wbits=31)
-        try:
-            for block in self.blocks():
-                while block:
-                    if inflate.eof:
-                        # Archives pad the last member with zeros.
-                        block = block.lstrip(b"\0")
-                        if not block:
-                            break
-                        inflate = zlib.decompressobj(wbits=31)
-
-                    # A block may hold the end of one member and the start of the next.
-                    yield inflate.decompress(block, MAX_INFLATED_BYTES)
-                    block = inflate.unused_data if inflate.eof else inflate.unconsumed_tail
-        except zlib.error as error:
-            raise DataError(
-                f"{self.source.path}: not a complete gzip file ({error}); fetch it again"
-            ) from None
-
-        self._check_complete(inflate.eof)
-
-    def _zstd_blocks(self) -> Iterator[bytes]:
-        """Decompressed blocks of all frames of a zstd file."""
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError("reading .zst needs zstandard: pip install 'k2train[data]'") from None
-
-        decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-        inflate = decompressor.decompressobj()
-        try:
-            for block in self.blocks():
-                while block:
-                    if inflate.eof:
-                        inflate = decompressor.decompressobj()
-                    yield inflate.decompress(block)
-                    block = inflate.unused_data if inflate.eof else b""
-        except zstandard.ZstdError as error:
-            raise DataError(
-                f"{self.source.path}: not a complete zstd file ({error}); fetch it again"
-            ) from None
-
-        self._check_complete(inflate.eof)
-
-    def _check_complete(self, ended: bool) -> None:
-        """Raises DataError when the compressed stream has not ended."""
-        if not ended and self._size_bytes:
-            raise DataError(
-                f"{self.source.path}: cut off after {self._size_bytes} bytes; fetch it again"
-            )
 
     @property
     def facts(self) -> dict[str, Any]:

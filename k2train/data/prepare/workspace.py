@@ -122,7 +122,7 @@ class Workspace:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the preparation, from the work folder."""
-        return Tokenizer.load(self.folder / "tokenizer.model", self.recipe.tokenizer.specials)
+        return self.recipe.tokenizer.load(self.folder / "tokenizer.model")
 
     @property
     def chunk_names(self) -> list[str]:
@@ -145,6 +145,10 @@ class Workspace:
     def chunk_record(self, name: str) -> Path:
         """Path of the record of a chunk."""
         return self.folder / "chunks" / f"{name}.json"
+
+    def chunk_texts(self, name: str) -> Path:
+        """Path of the hashes of a chunk's texts."""
+        return self.folder / "chunks" / f"{name}.texts.npy"
 
     def failure(self, phase: str, task: int) -> Path:
         """Path of the failure report of a task."""

@@ -25,7 +25,8 @@ import numpy.typing as npt
 from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
 from k2train.data.document_boundaries import open_borders
-from k2train.data.verify.folder import HASH_DIGITS, hash_problem
+from k2train.data.provenance_digest import ProvenanceDigest
+from k2train.data.verify.folder import HASH_DIGITS, differing, hash_problem
 from k2train.errors import DataError, UnavailableError, UserError
 from k2train.retry import stat_retried
 
@@ -129,13 +130,14 @@ def _check_provenance(
 ) -> None:
     where = f"{report.info.name} ({path})"
     pieces = _Pieces(report.info.rows, manifest.sequence_length, borders)
+    digest, recorded = ProvenanceDigest(), report.info.provenance_content_sha256
+    columns = ["row", "start", "length", "subset"] if recorded is None else None
     try:
         # Without these two options whole row groups of columns are fetched at once.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
-            for batch in file.iter_batches(
-                BATCH_PIECES, columns=["row", "start", "length", "subset"]
-            ):
+            for batch in file.iter_batches(BATCH_PIECES, columns=columns):
                 pieces.add(batch)
+                digest.add(batch)
                 if pieces.problem:
                     break
     except (OSError, KeyError, ValueError, arrow.ArrowException) as error:
@@ -148,6 +150,12 @@ def _check_provenance(
     if problem := pieces.problem or pieces.end():
         report.problems.append(f"{where}: {problem}")
         return
+
+    if recorded not in (None, digest.hexdigest()):
+        here, there = differing(digest.hexdigest(), str(recorded))
+        report.problems.append(
+            f"{where}: its columns have the hash {here}, the manifest says {there}"
+        )
 
     expected = report.info.tokens_per_subset
     for name in sorted({*expected, *pieces.tokens}):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from k2train.data.manifest import Manifest, SubsetFacts
 from k2train.data.source_record import SOURCES_NAME
+from k2train.data.text_record import TEXTS_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError, UnavailableError
 from k2train.files import sha256_file
@@ -43,6 +44,7 @@ def verify_folder(manifest: Manifest) -> list[str]:
     for name, recorded in (
         (SOURCES_NAME, facts.sources_sha256),
         (REJECTED_NAME, facts.rejected_sha256),
+        (TEXTS_NAME, facts.texts.sha256 if facts.texts else None),
     ):
         if recorded is not None and (problem := hash_problem(manifest.folder / name, recorded)):
             problems.append(f"{name} {problem}")
@@ -88,7 +90,7 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
         ]
 
     try:
-        tokenizer = Tokenizer.load(path, recorded.specials)
+        tokenizer = Tokenizer.load(path, recorded.specials, recorded.prefix)
     except (DataError, UnavailableError) as error:
         return [f"{error}; {AGAIN}"]
 

@@ -1,5 +1,6 @@
 """Encode task: every document goes where its name says, once, for any grouping of sources."""
 
+import gzip
 import json
 import os
 import random
@@ -15,19 +16,21 @@ import pytest
 
 from k2train.data.document_keys import document_key64
 from k2train.data.prepare.encode import encode
-from k2train.data.prepare.encode.encode import (
-    changed_sources,
-    drawn_position,
-    encode_task,
-    sources_identity,
-)
+from k2train.data.prepare.encode.encode import drawn_position, encode_task
 from k2train.data.prepare.encode.fill_in_middle import choose_fim, restore
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.recipe import Recipe
-from k2train.data.prepare.source import POSITIONS, split_position
+from k2train.data.prepare.source import (
+    POSITIONS,
+    split_position,
+    text_digest,
+    text_hash,
+    text_position,
+)
 from k2train.data.prepare.sources import stdlib
+from k2train.data.prepare.sources.changes import changed_sources, sources_identity
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
-from k2train.data.prepare.sources.rejected import REJECTED_NAME
+from k2train.data.prepare.sources.rejected import REJECTED_NAME, check_rejected
 from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.source_record import SourceFile
 from k2train.data.tokenizer import EOS_ID, Tokenizer
@@ -35,6 +38,7 @@ from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 
 WEB = {"kind": "jsonl", "paths": ["web/*.jsonl"], "id_key": "id"}
+UNITS = ("", "_bytes")
 
 
 def text_of(number: int) -> str:
@@ -73,7 +77,11 @@ def corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_workspace(
-    tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
+    tokenizer: Tokenizer,
+    subsets: dict[str, Any],
+    folder: str = "work",
+    max_rejected_share: float = 0.01,
+    **executor: Any,
 ) -> Workspace:
     recipe = Recipe.model_validate(
         {
@@ -84,6 +92,7 @@ def make_workspace(
             "chunks": 1,
             "tokenizer": {"model": "t.model"},
             "subsets": subsets,
+            "max_rejected_share": max_rejected_share,
             "executor": executor,
         }
     )
@@ -93,9 +102,9 @@ def make_workspace(
 
 
 def encode_all(
-    tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **executor: Any
+    tokenizer: Tokenizer, subsets: dict[str, Any], folder: str = "work", **options: Any
 ) -> Workspace:
-    workspace = make_workspace(tokenizer, subsets, folder, **executor)
+    workspace = make_workspace(tokenizer, subsets, folder, **options)
     for number in range(len(workspace.tasks)):
         encode_task(workspace, number)
     return workspace
@@ -143,14 +152,22 @@ def test_documents_are_encoded_with_their_end(tokenizer: Tokenizer) -> None:
             assert list(ids) == [*tokenizer.encode(text_of(index)), EOS_ID]
             assert key == document_key64(5, "web", number, source, name)
             assert (source, ordinal) == (f"web/{index // 30}.jsonl", index % 30)
-            assert (unit, text, fim) == (split_position(f"{source}\0{name}"), 0, 0)
+            digest = text_digest(text_of(index).encode())
+            assert (unit, text, fim) == (text_position(digest), text_hash(digest), 0)
 
     counted = counts(workspace, "web")
     assert counted == {
         "documents": 180,
         "documents_read": 180,
         "tokens": sum(len(entry[4]) for entry in found),
-    } | dict.fromkeys(("outside", "short", "not_chosen", "rejected", "repeated_ids"), 0)
+        "documents_bytes": sum(len(text_of(i).encode()) for i in range(180)),
+        "read_bytes": sum(len(Path(f"web/{i}.jsonl").read_bytes()) - 30 for i in range(6)),
+        "files": 6,
+    } | dict.fromkeys(
+        [kind + unit for kind in ("outside", "short", "not_chosen", "filtered") for unit in UNITS]
+        + ["rejected", "rejected_bytes", "empty", "broken_files", "bare_files", "repeated_ids"],
+        0,
+    )
     (record,) = records(workspace)
     assert record["text_bytes"] == sum(len(text_of(i).encode()) for i in range(180))
     for file in record["files"]:
@@ -201,7 +218,7 @@ def test_subsets_of_the_same_files_are_read_once(
     monkeypatch.setattr(
         encode,
         "read_documents",
-        lambda s, source: opened.append(source) or read_documents(s, source),
+        lambda s, source, fields: opened.append(source) or read_documents(s, source, fields),
     )
     monkeypatch.setattr(
         encode,
@@ -237,11 +254,15 @@ def test_draws_are_fixed_for_ever() -> None:
             {
                 drawn_position(1, "web/a.jsonl", "17"),
                 split_position("web/a.jsonl\00017"),
+                text_position(text_digest(b"a text")),
                 222220859278162,
             }
         )
-        == 3
+        == 4
     )
+    # As `sha256sum` computes them: of the text, and of a prefix with that hash.
+    assert text_position(text_digest(b"a text")) == 0x77DCE3B84A6F
+    assert text_hash(text_digest(b"a text")) == 0x734194EDE5B063E6
 
 
 def test_fill_in_the_middle_of_some(tokenizer: Tokenizer) -> None:
@@ -257,7 +278,7 @@ def test_fill_in_the_middle_of_some(tokenizer: Tokenizer) -> None:
     assert {entry[7] for entry in entries(workspace, "plain")} == {0}
 
 
-@pytest.mark.parametrize("split_by", ["source", "document"])
+@pytest.mark.parametrize("split_by", ["source", "document", "text"])
 def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
     """Catches documents from outside the share, and short ones, among those to train on."""
     web = {**WEB, "share": [0.25, 0.75], "split_by": split_by, "min_characters": 60}
@@ -267,7 +288,11 @@ def test_only_the_share_is_taken(tokenizer: Tokenizer, split_by: str) -> None:
     wanted = set()
     for i in range(180):
         source = f"web/{i // 30}.jsonl"
-        unit = split_position(source if split_by == "source" else f"{source}\0d{i}")
+        unit = {
+            "source": split_position(source),
+            "document": split_position(f"{source}\0d{i}"),
+            "text": text_position(text_digest(text_of(i).encode())),
+        }[split_by]
         if POSITIONS // 4 <= unit < 3 * POSITIONS // 4 and len(text_of(i)) >= 60:
             wanted.add((f"d{i}", unit))
 
@@ -296,6 +321,17 @@ def test_duplicates_are_found_outside_the_share_too(tokenizer: Tokenizer) -> Non
         entry[3] for entry in found if entry[5] >= POSITIONS // 2
     }
     assert 0 < counts(workspace, "web")["outside"] == sum(not entry[4] for entry in found)
+
+
+def test_a_document_of_another_set_is_no_first_copy(tokenizer: Tokenizer) -> None:
+    """Catches a text lost because a document that the recipe does not want has it, too."""
+    with open("web/3.jsonl", "a") as stream:
+        stream.write(json.dumps({"id": "copy", "text": text_of(7), "set": "A"}) + "\n")
+    subset = {**WEB, "drop_duplicates": True, "where": {"set": ["A"]}}
+    found = entries(encode_all(tokenizer, {"web": subset}), "web")
+    assert [(entry[3], list(entry[4])) for entry in found] == [
+        ("copy", [*tokenizer.encode(text_of(7)), EOS_ID])
+    ]
 
 
 def test_documents_that_share_their_id_are_counted(tokenizer: Tokenizer) -> None:
@@ -348,18 +384,97 @@ def test_rejected_lines_are_listed(tokenizer: Tokenizer) -> None:
 
 def test_a_wrong_recipe_stops_soon(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a misspelt key reported after a terabyte was read, and files left by the stop."""
-    monkeypatch.setattr(encode, "MIN_REJECTED", 40)
+    monkeypatch.setattr(encode, "MIN_REJECTED", 20)
     workspace = make_workspace(tokenizer, {"web": {**WEB, "text_key": "body"}})
     words = (
-        r"subsets.web: 41 of the first 41 documents are broken, "
-        r"lastly .*web/1.jsonl:11: 'body' is missing; check"
+        r"subsets.web: 21 of the first 21 documents are broken, "
+        r"lastly .*web/0.jsonl:21: 'body' is missing; check"
     )
     with pytest.raises(DataError, match=words):
         encode_task(workspace, 0)
     assert list(workspace.run_folder(0).iterdir()) == []
-    monkeypatch.setattr(encode, "MIN_REJECTED", 180)
-    encode_task(workspace, 0)
-    assert counts(workspace, "web")["rejected"] == 180
+
+
+def test_a_file_without_one_good_document_is_an_error(tokenizer: Tokenizer) -> None:
+    """Catches a file of another kind that is counted as a few broken lines and forgotten."""
+    broken = '{"id": "d90", "body": "x"}\n'
+    Path("web/3.jsonl").write_text(10 * broken)
+    words = (
+        r"subsets.web: (.*/web/3.jsonl) holds no document: all 10 are broken, the first at \1:1: "
+    )
+    with pytest.raises(DataError, match=words + "'text' is missing; check kind, text_key and id_k"):
+        encode_all(tokenizer, {"web": WEB})
+    # Whoever forgives everything is not stopped, and the file is counted.
+    workspace = encode_all(tokenizer, {"web": WEB}, "forgiven", max_rejected_share=1.0)
+    counted = counts(workspace, "web")
+    assert (counted["files"], counted["broken_files"], counted["documents"]) == (6, 1, 150)
+    # One good document is enough, and so is one without text.
+    for beside in ('{"id": "x", "text": "good"}', '{"id": "x", "text": " "}'):
+        Path("web/3.jsonl").write_text('{"id": "d90", "body": "x"}\n' + beside)
+        assert counts(encode_all(tokenizer, {"web": WEB}, beside[12:25]), "web")["rejected"] == 1
+
+
+def test_a_small_broken_file_counts_as_one_file(tokenizer: Tokenizer) -> None:
+    """Catches one damaged file of a line that stops a corpus, whatever share of files may be."""
+    Path("web/3.jsonl").write_text(9 * '{"id": "d90", "body": "x"}\n')
+    workspace = encode_all(tokenizer, {"web": WEB}, "small", max_rejected_share=0.2)
+    counted = counts(workspace, "web")
+    assert (counted["files"], counted["broken_files"], counted["rejected"]) == (6, 1, 9)
+    check_rejected(workspace)
+    strict = encode_all(tokenizer, {"web": WEB}, "strict", max_rejected_share=0.1)
+    with pytest.raises(DataError, match=r"1 of 6 files are broken, a share of 0.1667"):
+        check_rejected(strict)
+
+
+def test_a_file_without_any_line_is_counted(tokenizer: Tokenizer) -> None:
+    """Catches a file of which nobody hears that it holds nothing."""
+    Path("web/7.jsonl").write_text("\n\n")
+    Path("web/8.jsonl").write_bytes(gzip.compress(b""))
+    Path("web/9.jsonl").write_text("")
+    counted = counts(encode_all(tokenizer, {"web": WEB}), "web")
+    assert (counted["bare_files"], counted["files"], counted["rejected"]) == (2, 6, 0)
+
+
+def test_documents_without_text_are_counted_and_left_out(tokenizer: Tokenizer) -> None:
+    """Catches an empty file of code called broken, and one that nobody counts."""
+    with open("web/3.jsonl", "a") as stream:
+        for text in ("", " \n", "\u3000"):
+            stream.write(json.dumps({"id": "none", "text": text}) + "\n")
+    workspace = encode_all(tokenizer, {"web": WEB})
+    counted = counts(workspace, "web")
+    assert (counted["empty"], counted["rejected"], counted["documents_read"]) == (3, 0, 183)
+    assert counted["documents"] == 180
+    assert (workspace.run_folder(0) / REJECTED_NAME).read_bytes() == b""
+
+
+def test_documents_are_chosen_by_their_fields(tokenizer: Tokenizer) -> None:
+    """Catches a condition that is not looked at, files read once for each subset of them, and
+    documents that vanish without being counted.
+    """
+    lines = [
+        {"text": text_of(i), "id": f"d{i}", "meta": {"set": "ABC"[i % 3], "n": i % 2}}
+        for i in range(60)
+    ]
+    for file in range(6):
+        part = lines[10 * file : 10 * file + 10]
+        Path(f"web/{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    subsets = {
+        "a": {**WEB, "where": {"meta.set": ["A"]}},
+        "b": {**WEB, "where": {"meta.set": ["B", "C"], "meta.n": [1]}},
+        "none": {**WEB, "where": {"meta.n": [True]}},
+    }
+    workspace = encode_all(tokenizer, subsets)
+    assert [task.subsets for task in workspace.tasks] == [("a", "b", "none")]
+
+    names = {name: {entry[3] for entry in entries(workspace, name)} for name in subsets}
+    assert names["a"] == {f"d{i}" for i in range(60) if i % 3 == 0}
+    assert names["b"] == {f"d{i}" for i in range(60) if i % 3 and i % 2}
+    assert names["none"] == set()
+
+    left = [i for i in range(60) if i % 3]
+    counted = counts(workspace, "a")
+    assert (counted["filtered"], counted["documents_read"]) == (len(left), 60)
+    assert counted["filtered_bytes"] == sum(len(text_of(i).encode()) for i in left)
 
 
 # Kills

@@ -1,12 +1,21 @@
 """Cost estimate: arithmetic on fixed rates, and readable lines for small and large recipes."""
 
+import bz2
+import gzip
+import json
+import lzma
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
 from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.run import density
 from k2train.data.prepare.run.estimate import (
     Cost,
     Rates,
@@ -14,7 +23,10 @@ from k2train.data.prepare.run.estimate import (
     estimate_lines,
 )
 from k2train.data.prepare.run.local import CLUSTER_WORKERS, workers_of
+from k2train.data.prepare.source import POSITIONS, Source, split_position
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
+from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
 
 # 4 bytes a token; a core encodes 1000 bytes, and lays out 10,000 tokens, in a second.
@@ -29,6 +41,11 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("web").mkdir()
     for i in range(40):
         Path(f"web/{i:02d}.jsonl").write_bytes(b"x" * 10_000)
+
+
+@pytest.fixture(scope="module")
+def own_tokenizer() -> Tokenizer:
+    return train_tokenizer([text_of(number) for number in range(50)], 300)
 
 
 def recipe_of(subsets: dict[str, Any], **keys: Any) -> Recipe:
@@ -154,3 +171,95 @@ def test_workers_are_those_that_will_work(executor: dict[str, Any], words: str) 
     assert replace(needs, encode_seconds=10.0, chunk_seconds=10.0).wall_seconds(5) == pytest.approx(
         4.0
     )
+
+
+# Files
+
+
+WORDS = ["def", "return", "the", "value", "of", "a list", "self", "\n    ", "é", "x = 1", "None"]
+
+
+def text_of(number: int) -> str:
+    choose = random.Random(number)
+    return " ".join(choose.choice(WORDS) for _ in range(choose.randrange(20, 600))) + f" {number}"
+
+
+PACK = {
+    "plain": ("jsonl", lambda content: content),
+    "gz": ("jsonl.gz", gzip.compress),
+    "zst": ("jsonl.zst", zstandard.ZstdCompressor(level=10).compress),
+    "xz": ("jsonl.xz", lzma.compress),
+    "bz2": ("jsonl.bz2", bz2.compress),
+}
+
+
+def test_tokens_of_compressed_files_are_those_that_are_made() -> None:
+    """Catches file sizes taken for text, and a condition, a share or a limit that is forgotten."""
+    subsets: dict[str, Any] = {}
+    documents = [(number, text_of(number)) for number in range(1200)]
+    lines = [
+        json.dumps({"text": text, "meta": {"set": number % 2}}).encode() + b"\n"
+        for number, text in documents
+    ]
+    for name, (suffix, pack) in PACK.items():
+        Path(name).mkdir()
+        for file in range(4):
+            Path(f"{name}/{file}.{suffix}").write_bytes(pack(b"".join(lines[file::4])))
+        subsets[name] = {"kind": "jsonl", "paths": [f"{name}/*"]}
+    for name in ("parquet", "text"):
+        Path(name).mkdir()
+        subsets[name] = {"kind": name, "paths": [f"{name}/*"]}
+    for file in range(3):
+        table = arrow.table({"text": [text for _, text in documents[file::3]]})
+        parquet.write_table(table, f"parquet/{file}.parquet", compression="zstd")
+    for number, text in documents[:200]:
+        Path(f"text/{number}.txt").write_text(text)
+    subsets["where"] = {**subsets["zst"], "where": {"meta.set": [1]}, "min_characters": 900}
+    subsets["share"] = {**subsets["gz"], "share": [0.0, 0.6], "origin": "shared"}
+
+    tokenizer = train_tokenizer([text for _, text in documents[:200]], 300)
+    tokens = {number: len(tokenizer.encode(text)) + 1 for number, text in documents}
+    exact = dict.fromkeys(subsets, sum(tokens.values()))
+    exact["text"] = sum(tokens[number] for number in range(200))
+    exact["where"] = sum(tokens[n] for n, text in documents if n % 2 and len(text) >= 900)
+    exact["share"] = sum(tokens.values()) * 0.6
+
+    rates = replace(RATES, encoder=tokenizer)
+    for name, subset in subsets.items():
+        needs = cost(recipe_of({name: subset}), rates)
+        assert needs.encoded_tokens == pytest.approx(exact[name], rel=0.15), name
+        assert needs.from_files == () and needs.sampled[name] > 0
+    lines_shown = estimate_lines(recipe_of({"zst": subsets["zst"]}), rates, needs)
+    assert "looks into files: share 4" in lines_shown[-1]
+
+
+def test_files_are_drawn_by_their_size() -> None:
+    """Catches small files that speak for a large one."""
+    sources = [Source("o", f"{i}", "", 1) for i in range(50)] + [Source("o", "z", "", 950)]
+    drawn = density._drawn(sources, 8)
+    assert sum(drawn.values()) == pytest.approx(1)
+    assert drawn[sources[-1]] >= 0.9
+    few = density._drawn(sources[-3:], 8)
+    assert few == {sources[-3]: 1 / 952, sources[-2]: 1 / 952, sources[-1]: 950 / 952}
+
+
+def test_only_files_inside_the_share_are_counted(own_tokenizer: Tokenizer) -> None:
+    """Catches a share of a few texts taken as a part of their bytes."""
+    Path("books").mkdir()
+    for number in range(6):
+        Path(f"books/{number}.txt").write_text("a" * 1000 * (number + 1))
+    books = {
+        "kind": "text",
+        "paths": ["books/*"],
+        "share": [0.0, 0.5],
+        "split_by": "source",
+    }
+    recipe = recipe_of({"books": books})
+    inside = [
+        source
+        for source in list_sources(recipe)["books"]
+        if split_position(source.key) < POSITIONS // 2
+    ]
+    exact = sum(len(own_tokenizer.encode(Path(s.path).read_text())) + 1 for s in inside)
+    assert 0 < len(inside) < 6
+    assert cost(recipe, replace(RATES, encoder=own_tokenizer)).encoded_tokens == exact

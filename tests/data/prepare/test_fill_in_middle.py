@@ -113,6 +113,15 @@ def test_many_documents_encode_as_each_alone(
     assert [ids.tolist() for ids in together] == [fim_ids(own, *item).tolist() for item in items]
 
 
+@pytest.mark.parametrize("cut", [(0, 0), (0, 5), (3, 9), (0, 14), (14, 14)])
+@pytest.mark.parametrize("kind", ["psm", "spm"])
+def test_a_kept_dummy_prefix_begins_the_document(kind: Kind, cut: tuple[int, int]) -> None:
+    """Catches a space in front of each part, in the midst of words, and one that is missing."""
+    kept = Tokenizer(trained_elsewhere(), dummy_prefix="keep")
+    text = "def the value x"
+    assert restore(kept, fim_ids(kept, text, kind, *cut)) == f" {text}"
+
+
 def test_pieces_of_a_document_do_not_restore(own: Tokenizer) -> None:
     """Catches a slice of a row restored as if it were the document."""
     ids = fim_ids(own, "def the value x = 1", "psm", 4, 8).tolist()

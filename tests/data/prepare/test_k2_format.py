@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import zstandard
 from hypothesis import HealthCheck, given, settings
@@ -607,6 +608,25 @@ def test_the_tokenizer_travels_along(source: Path, tmp_path: Path) -> None:
         import_k2(source, tmp_path / "other", tokenizer=model, tokenizer_sha256="a" * 64)
     with pytest.raises(DataError, match=r"vocab_size \(317\) must be at least that of .*\(318\)"):
         import_k2(source, tmp_path / "other", tokenizer=model, vocab_size=317)
+
+
+def test_what_the_ids_of_a_published_folder_begin_with_is_said(
+    source: Path, tmp_path: Path
+) -> None:
+    """Catches imported ids that claim the spelling of a recipe, which nobody here decided."""
+    content = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"the value of {i} is a list" for i in range(200)]),
+        model_writer=content,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    model = tmp_path / "llama.model"
+    model.write_bytes(content.getvalue())
+    facts = import_k2(source, tmp_path / "out", tokenizer=model).facts.tokenizer
+    assert facts is not None and facts.dummy_prefix == "as published"
 
 
 def test_a_large_vocabulary(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Preparation through the command line: from recipe and documents to a data folder, and errors."""
 
+import hashlib
 import json
 import os
 import random
@@ -26,12 +27,19 @@ from k2train.data.manifest import Manifest, read_manifest
 from k2train.data.prepare.encode.fill_in_middle import restore
 from k2train.data.prepare.load_recipe import load_recipe
 from k2train.data.prepare.recipe import Recipe
+from k2train.data.prepare.run import pipeline
+from k2train.data.prepare.run.publish import damaged
 from k2train.data.prepare.sources.listing import list_sources
-from k2train.data.source_record import common_data
+from k2train.data.prepare.write.text_files import write_texts
+from k2train.data.source_record import Comparison, common_data, compare_data
+from k2train.data.text_record import open_texts
 from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
 from k2train.data.tokenizer_training import train_tokenizer
-from k2train.errors import ConfigError
-from tests.support.data_folder import hashes
+from k2train.data.verify.chunks import verify_files
+from k2train.data.verify.folder import verify_folder
+from k2train.errors import ConfigError, DataError
+from k2train.files import sha256_file
+from tests.support.data_folder import edit, hashes, rehash
 
 ROOT = Path(__file__).resolve().parents[3]
 LENGTH = 16
@@ -486,7 +494,7 @@ def test_a_source_that_changes_between_two_starts(corpus: Path, tmp_path: Path) 
 BROKEN: list[tuple[bytes, str]] = [
     (b'{"text": "cut', "JSON"),
     (b'{"text": "\xff\xfe"}', "UTF-8"),
-    (b'{"text": ""}', "empty"),
+    (b'{"text": "x"} and more', "JSON"),
     (b'{"txt": "a"}', "text"),
     (b'{"text": 7}', "text"),
     (b"[1]", "object"),
@@ -513,6 +521,7 @@ def test_broken_lines_are_listed_and_the_rest_is_prepared(corpus: Path, tmp_path
     )
     done = prepare(recipe, "max_rejected_share=0.06")
     assert done.returncode == 0, done.stderr
+    assert "left out of web: 7 documents broken (" in done.stdout
     listed = [
         json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     ]
@@ -541,7 +550,12 @@ def test_broken_lines_are_listed_and_the_rest_is_prepared(corpus: Path, tmp_path
         (lambda t, f: t.update(rows_per_chunk=100000), "needs 400"),
         (lambda t, f: t["tokenizer"].update(model=str(f / "none.model")), "tokenizer.model"),
         (lambda t, f: t.update(output=str(f)), "is not a data folder"),
-        (lambda t, f: t["subsets"]["web"].update(kind="parquet"), "a.jsonl"),
+        (
+            lambda t, f: t["subsets"]["web"].update(
+                kind="parquet", paths=[t["subsets"]["web"]["paths"][0].replace("*", "a.jsonl")]
+            ),
+            "a.jsonl",
+        ),
         (lambda t, f: t["executor"].update(kind="slurm", partition="main"), "sbatch"),
         (lambda t, f: t["executor"].update(kind="ray"), "pip install ray"),
     ],
@@ -697,6 +711,190 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
     tree["subsets"]["two"]["drop_duplicates"] = False
     with pytest.raises(ConfigError, match="could be held out, and trained on in the other"):
         load_recipe(str(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree)))))
+
+
+def test_other_versions_make_the_same_content(made: Manifest, tmp_path: Path) -> None:
+    """Catches data made again, by another Python and another writer of Parquet, that passes for
+    other data; and other data that passes for the same.
+    """
+    shutil.copytree(made.folder, tmp_path / "again")
+    for info in made.all_chunks():
+        path = tmp_path / "again" / str(info.provenance)
+        table = parquet.read_table(path)
+        parquet.write_table(table, path, compression="gzip", row_group_size=9)
+    again = rehash(read_manifest(tmp_path / "again"))
+    again = edit(again, lambda content: content["facts"].update(python="3.99.0"))
+    assert made.content_sha256 == again.content_sha256 is not None
+    assert made.sha256 != again.sha256
+    assert made.chunks[0].provenance_sha256 != again.chunks[0].provenance_sha256
+    assert again.is_named([made.content_sha256]) and not again.is_named([made.sha256, None])
+    problems = [line for info in again.all_chunks() for line in verify_files(again, info).problems]
+    assert problems == []
+
+    # Provenance that names other documents is other data, and so is another token.
+    for change in (
+        lambda content: content["chunks"][1].update(provenance_content_sha256="0" * 64),
+        lambda content: content["chunks"][0].update(sha256="0" * 64),
+        lambda content: content["held_out"].update(borders_sha256="0" * 64),
+        lambda content: content["facts"].update(recipe_sha256="0" * 64),
+    ):
+        other = edit(made_again(again, tmp_path), change)
+        assert other.content_sha256 != made.content_sha256
+
+    path = tmp_path / "again" / str(again.chunks[0].provenance)
+    lines = parquet.read_table(path).to_pylist()
+    lines[3]["offset"] += 1
+    parquet.write_table(arrow.Table.from_pylist(lines, parquet.read_schema(path)), path)
+    again = rehash(again)
+    (problem,) = verify_files(again, again.chunks[0]).problems
+    assert "its columns have the hash" in problem
+
+
+def test_texts_are_recorded_and_left_out_of_the_next_stage(
+    made: Manifest, corpus: Path, tmp_path: Path
+) -> None:
+    """Catches a record that lacks a text or has one too many, and a stage that trains on a text of
+    the stage before, under whatever file, line and subset.
+    """
+    sources = {"books/books.parquet": BOOKS}
+    sources |= {
+        "web/a.jsonl": WEB,
+        "web/b.jsonl.zst": {str(i): WEB[str(i + 50)] for i in range(1, 71)},
+    }
+    sources |= {f"notes/{name}": {name: text} for name, text in NOTES.items()}
+    names = [info.name for info in made.all_chunks()]
+    used = set()
+    for _, source, document, _ in documents_in(made, names):
+        known = sources[source]
+        text = known.get(document) or next(iter(known.values()))
+        used.add(hash_of(text))
+    record = open_texts(made)
+    assert record is not None and record.read(0, len(record)).tolist() == sorted(used)
+    assert verify_folder(made) == [] and damaged(made) == []
+
+    # The next stage: files of the same texts, cut anew, some of them new.
+    (tmp_path / "more").mkdir()
+    texts = [*WEB.values(), *BOOKS.values(), *(text_of(5000 + i) for i in range(80))]
+    (tmp_path / "more" / "x.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    tree = recipe_tree(corpus, tmp_path / "next") | {"chunks": 2, "held_out": {"share": 0.2}}
+    tree["subsets"] = {"more": {"kind": "jsonl", "paths": [str(tmp_path / "more" / "*")]}}
+    for name, seen, shared in (("next", [], True), ("new", [str(made.path)], False)):
+        done = prepare(
+            write_recipe(tmp_path / "r.yaml", tree | {"output": str(tmp_path / name), "seen": seen})
+        )
+        assert done.returncode == 0, done.stderr
+        later = read_manifest(tmp_path / name)
+        compared = compare_data(made, later)
+        count = len(set(texts_in(later)) & set(texts_in(made)))
+        assert (count > 0) == shared
+        whole = f"all {len(texts_in(later))} texts"
+        found = (f"{count} of its {len(texts_in(later))} documents by text",) if shared else ()
+        assert compared == Comparison(found, whole)
+        line = subprocess.run(
+            [sys.executable, ROOT / "tools/verify_data.py", later.path, "--against", made.path],
+            capture_output=True,
+            text=True,
+        )
+        assert line.returncode == (2 if shared else 0)
+        assert f"shares {count} of its" in (line.stderr if shared else line.stdout)
+
+    account = (later.facts.account or {})["more"]
+    seen_count = sum(text in texts_in(made) for text in map(hash_of, texts))
+    assert account["seen_documents"] == seen_count > 0
+    again = prepare(tmp_path / "r.yaml")
+    assert again.returncode == 0 and "already prepared" in again.stdout
+    changed = prepare(write_recipe(tmp_path / "r.yaml", tree | {"output": str(tmp_path / "new")}))
+    assert changed.returncode == 2 and "other data in `seen`" in changed.stderr
+
+
+def test_seen_is_what_the_plan_left_out(
+    made: Manifest, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a folder that claims to have left out what `seen` holds by the time it is published,
+    one that is another for the order of `seen`, and a mistake that is told after hours.
+    """
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        shutil.copytree(made.folder, folder)
+    write_texts(folders[1] / "texts.npy", np.array([5, 7], dtype=np.uint64))
+    other = {"sha256": sha256_file(folders[1] / "texts.npy"), "count": 2}
+    edit(read_manifest(folders[1]), lambda content: content["facts"]["texts"].update(other))
+    tree = recipe_tree(corpus, tmp_path / "new") | {"chunks": 1}
+    tree["subsets"] = {"notes": {**tree["subsets"]["notes"], "min_characters": 1, "repeat": 1}}
+    (tmp_path / "more").mkdir()
+    lines = [json.dumps({"text": text_of(7000 + number)}) for number in range(80)]
+    (tmp_path / "more" / "x.jsonl").write_text("\n".join(lines))
+    tree["subsets"]["more"] = {"kind": "jsonl", "paths": [str(tmp_path / "more" / "*")]}
+    digests = sorted(hashlib.sha256((f / "texts.npy").read_bytes()).hexdigest() for f in folders)
+
+    gone = tree | {"seen": [str(tmp_path / "no" / "manifest.json")]}
+    with pytest.raises(DataError, match=r"^seen: .*no/manifest.json cannot be read"):
+        pipeline.prepare(load_recipe(str(write_recipe(tmp_path / "r.yaml", gone))))
+    assert not (tmp_path / "new.work").exists()
+
+    def then_changed(*arguments: Any) -> None:
+        run_phases(*arguments)
+        shutil.rmtree(folders[0])
+        folders[1].rename(folders[0])
+
+    run_phases = pipeline.run_phases
+    monkeypatch.setattr(pipeline, "run_phases", then_changed)
+    path = write_recipe(tmp_path / "r.yaml", tree | {"seen": [*map(str, folders)]})
+    manifest, _ = pipeline.prepare(load_recipe(str(path)))
+    assert list(manifest.facts.seen) == digests
+
+    shutil.copytree(made.folder, folders[1])
+    for order in (folders, folders[::-1]):
+        path = write_recipe(tmp_path / "r.yaml", tree | {"seen": [*map(str, order)]})
+        assert pipeline.prepare(load_recipe(str(path)))[1] is False
+
+
+def hash_of(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def texts_in(manifest: Manifest) -> list[int]:
+    found: list[int] = np.load(manifest.folder / "texts.npy").tolist()
+    return found
+
+
+def made_again(manifest: Manifest, tmp_path: Path) -> Manifest:
+    """A copy of the manifest to edit."""
+    folder = tmp_path / "edited"
+    shutil.copytree(manifest.folder, folder, dirs_exist_ok=True)
+    return read_manifest(folder)
+
+
+def test_a_text_under_many_names_is_on_one_side(corpus: Path, tmp_path: Path) -> None:
+    """Catches a text that is held out under one name and trained on under another: twice in a
+    file, and in the file of another subset with another share.
+    """
+    texts = [text_of(n) + f" twin {n}" for n in range(150)]
+    lines = [json.dumps({"text": text}) for text in [*texts, *reversed(texts)]]
+    for name in ("web", "mirror"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jsonl").write_text("\n".join(lines))
+    tree = recipe_tree(corpus, tmp_path / "out") | {"chunks": 2, "held_out": {"share": 0.2}}
+    tree["subsets"] = {
+        "web": {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*")]},
+        "mirror": {
+            "kind": "jsonl",
+            "paths": [str(tmp_path / "mirror" / "*")],
+            "share": [0.0, 0.7],
+        },
+    }
+    done = prepare(write_recipe(tmp_path / "r.yaml", tree))
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "out")
+    sides = []
+    for names in ([info.name for info in manifest.chunks], ["held_out"]):
+        numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
+        sides.append({min(number, 299 - number) for number in numbers})
+
+    assert len(sides[0]) > 80 and len(sides[1]) > 20 and sides[0].isdisjoint(sides[1])
+    # Both lines of a text, in both subsets: of the 150 texts, those that only `mirror` holds out.
+    copies = (manifest.facts.account or {})["web"]["held_out_copy_documents"]
+    assert copies > 0 and copies % 2 == 0
 
 
 def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Document readers: listing and grouping sources, and reading good and broken files."""
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +21,9 @@ from pyarrow import parquet
 from k2train.data.prepare import source
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
 from k2train.data.prepare.source import POSITIONS, Contents, Source, first_position, split_position
-from k2train.data.prepare.sources import readers, stdlib
+from k2train.data.prepare.sources import parquet_rows, stdlib
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
-from k2train.data.prepare.sources.readers import Document, Rejection, read_documents, read_texts
+from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.stdlib import docstrings, stdlib_sources
 from k2train.errors import DataError
 
@@ -143,6 +145,7 @@ def test_all_wrong_paths_are_reported_at_once() -> None:
     subsets = {
         "good": {"paths": ["web/*.jsonl"]},
         "two": {"paths": ["no/*.jsonl", "web/x.jsonl", "web"]},
+        "far": {"paths": ["s3://bucket/web/*.jsonl.zst"]},
         "rows": {"kind": "parquet", "paths": ["web"]},
     }
     recipe = recipe_of({name: {"kind": "jsonl", **subset} for name, subset in subsets.items()})
@@ -151,6 +154,8 @@ def test_all_wrong_paths_are_reported_at_once() -> None:
     assert str(caught.value).splitlines() == [
         f"subsets.two.paths: no/*.jsonl matches no file, seen from {Path.cwd()}",
         "subsets.two.paths: web is a folder; name its files, as web/*.jsonl or web/**/*.jsonl.zst",
+        "subsets.far.paths: s3://bucket/web/*.jsonl.zst is an address; only local paths are read: "
+        "copy the files, or mount them",
         "subsets.rows.paths: web is a folder; name its files, as web/*.parquet or web/**/*.parquet",
     ]
 
@@ -265,7 +270,10 @@ PACKED = {
     "x.jsonl": lambda content: content,
     "x.jsonl.gz": lambda content: gzip.compress(content),
     "x.jsonl.zst": lambda content: zstandard.ZstdCompressor().compress(content),
+    "x.jsonl.bz2": lambda content: bz2.compress(content),
+    "x.JSONL.XZ": lambda content: lzma.compress(content),
 }
+COMPRESSED = [path for path in PACKED if path != "x.jsonl"]
 
 
 @pytest.mark.parametrize("path", PACKED)
@@ -284,13 +292,13 @@ def test_lines_of_every_packing(path: str) -> None:
     assert read(path, PACKED[path](b"")) == ([], [])
 
 
-@pytest.mark.parametrize("path", ["x.jsonl.gz", "x.jsonl.zst"])
+@pytest.mark.parametrize("path", COMPRESSED)
 def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a second part that is left out, and a byte lost between parts or blocks."""
     both = (
         PACKED[path](JSONL[:40])
         + PACKED[path](JSONL[40:])
-        + (b"\0" * 9 if path.endswith("gz") else b"")
+        + (b"\0" * 8 if path.lower().endswith(("gz", "xz")) else b"")
     )
     for block_bytes in (1, 7, 2**18):
         monkeypatch.setattr(source, "BLOCK_BYTES", block_bytes)
@@ -299,7 +307,7 @@ def test_files_packed_in_parts(path: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert rejected == []
 
 
-@pytest.mark.parametrize("path", ["x.jsonl.gz", "x.jsonl.zst"])
+@pytest.mark.parametrize("path", COMPRESSED)
 def test_packed_files_that_are_broken(path: str) -> None:
     """Catches a truncated download taken for a shorter corpus, or for broken lines."""
     packed = PACKED[path](JSONL * 50)
@@ -308,10 +316,22 @@ def test_packed_files_that_are_broken(path: str) -> None:
         packed[: len(packed) // 2],
         packed[:3],
         b"no such thing",
+        b"",
         packed + packed[:9],
     ):
         with pytest.raises(DataError, match=rf"{path}: (not a complete|cut off)"):
             read(path, content)
+
+
+@pytest.mark.parametrize("path", COMPRESSED)
+def test_the_bytes_decide_and_not_the_name(path: str) -> None:
+    """Catches a compressed file that is read as text because of what it is called."""
+    for name in ("plain.jsonl", "x.zstd.jsonl", "noise"):
+        found, rejected = read(name, PACKED[path](JSONL), kind="jsonl")
+        assert [item.text for item in found] == [line["text"] for line in LINES]
+        assert rejected == []
+    text = "Zwei ä\n\nlines"
+    assert read("book.txt", PACKED[path](text.encode())) == ([Document("book.txt", text, 0)], [])
 
 
 @given(
@@ -339,8 +359,7 @@ BAD_LINES = {
     b'{"id": 1}': "'text' is missing",
     b'{"id": 1, "text": null}': "'text' is missing",
     b'{"id": 1, "text": 3}': "'text' is no text, but int",
-    b'{"id": 1, "text": ""}': "'text' is empty",
-    b'{"id": 1, "text": " \\n"}': "'text' is empty",
+    b'{"id": "", "text": "x"}': "'id' is empty",
     b'{"id": 1, "text": "\\ud800"}': "'text' has a lone surrogate",
     b'{"id": 1, "text": "\xff"}': "not UTF-8",
     b'{"id": 1, "text": "\xed\xa0\x80"}': "not UTF-8",
@@ -414,11 +433,10 @@ def test_broken_rows_and_files_of_parquet(monkeypatch: pytest.MonkeyPatch) -> No
     write_parquet("x.parquet", text=strings, number=[1, 2, 3, 4, None])
     found, rejected = read("x.parquet")
     assert [(item.name, item.text) for item in found] == [("1", "good"), ("5", "fine")]
-    assert [item.line for item in rejected] == [2, 3, 4]
+    assert [item.line for item in rejected] == [2, 3]
     assert [item.reason.split("(")[0].strip() for item in rejected] == [
         "not UTF-8",
         "'text' is missing",
-        "'text' is empty",
     ]
     assert [item.reason for item in read("x.parquet", id_key="number")[1]][
         -1
@@ -446,7 +464,115 @@ def test_batches_of_parquet_follow_its_rows() -> None:
 
     for size, rows in ((1000 * 2**20, 4), (1000, 1024), (2**40, 1), (0, 1024)):
         Metadata.size = size
-        assert readers._batch_rows(Metadata()) == rows
+        assert parquet_rows._batch_rows(Metadata()) == rows
+
+
+NESTED = [
+    {"text": "plain", "meta": {"id": "a", "set": "A"}, "dotted.key": "one"},
+    {"text": {"text": "inside"}, "meta": {"id": "b", "set": "B"}},
+    {"text": {"other": 1}, "meta": {"id": "c"}},
+    {"meta": {"id": "d"}},
+    {"text": "last", "meta": None},
+]
+
+
+def test_nested_keys_of_json_lines() -> None:
+    """Catches text in an object that is called broken, and a field with a dot in its own name."""
+    content = "".join(json.dumps(line) + "\n" for line in NESTED).encode()
+    keys = {"text_key": ["text", "text.text"], "id_key": "meta.id"}
+    found, rejected = read("x.jsonl", content, **keys)
+    assert [(item.name, item.text) for item in found] == [("a", "plain"), ("b", "inside")]
+    assert [(item.line, item.reason) for item in rejected] == [
+        (3, "'text' or 'text.text' is no text, but dict"),
+        (4, "'text' or 'text.text' is missing"),
+        (5, "'meta.id' is missing"),
+    ]
+    assert [item.text for item in read("x.jsonl", text_key="dotted.key")[0]] == ["one"]
+    subset = SubsetRecipe(kind="jsonl", paths=("x.jsonl",))
+    source = Source("web", "x.jsonl", os.path.abspath("x.jsonl"))
+    fields = [
+        item.fields
+        for item in read_documents(subset, source, ["meta.set", "meta", "no"])
+        if isinstance(item, Document)
+    ]
+    assert fields == [("A", NESTED[0]["meta"], None), (None, None, None)]
+
+
+def test_nested_columns_of_parquet() -> None:
+    """Catches struct columns that cannot be read, and a null struct that shifts its neighbours."""
+    meta = [{"id": "a", "body": {"en": "one"}}, None, {"id": "c", "body": None}]
+    meta.append({"id": "d", "body": {"en": "four"}})
+    write_parquet("x.parquet", meta=meta, title=["t1", "t2", None, "t4"], **{"a.b": list("wxyz")})
+    found, rejected = read("x.parquet", text_key="meta.body.en", id_key="meta.id")
+    assert [(item.name, item.text) for item in found] == [("a", "one"), ("d", "four")]
+    assert [item.line for item in rejected] == [2, 3]
+    found, rejected = read("x.parquet", text_key=["meta.body.en", "title"])
+    assert [item.text for item in found] == ["one", "t2", "four"]
+    assert [item.text for item in read("x.parquet", text_key="a.b")[0]] == list("wxyz")
+    with pytest.raises(DataError, match=r"has no column 'meta.body.de' .*it has meta, title, a.b"):
+        read("x.parquet", text_key="meta.body.de")
+    subset = SubsetRecipe(kind="parquet", paths=("x.parquet",), text_key=("a.b",))
+    source = Source("web", "x.parquet", os.path.abspath("x.parquet"))
+    assert [item.fields for item in read_documents(subset, source, ["meta.id", "title"])] == [
+        ("a", "t1"),
+        (None, "t2"),
+        ("c", None),
+        ("d", "t4"),
+    ]
+
+
+@pytest.mark.parametrize("key", ["l.item", "l.element", "m.body.x", "m.key_value.x", "s.l.x", "l."])
+def test_no_key_of_parquet_goes_through_a_list(key: str) -> None:
+    """Catches a key that is looked for inside a list or a map for ever."""
+    kind = arrow.struct({"l": arrow.list_(arrow.struct({"x": arrow.string()}))})
+    columns = {
+        "l": arrow.array([["a"], []], arrow.list_(arrow.string())),
+        "m": arrow.array([[("k", {"x": "a"})], []], arrow.map_("str", arrow.struct({"x": "str"}))),
+        "s": arrow.array([{"l": [{"x": "a"}]}, None], kind),
+        "text": arrow.array(["one", "two"]),
+    }
+    parquet.write_table(arrow.table(columns), "x.parquet")
+    for keys in ({"text_key": key}, {"id_key": key}):
+        with pytest.raises(DataError, match=rf"has no column '{key}' .*it has l, m, s, text"):
+            read("x.parquet", **keys)
+    subset = SubsetRecipe(kind="parquet", paths=("x.parquet",), where={key: "a"})
+    with pytest.raises(DataError, match="has no column"):
+        list(read_documents(subset, Source("web", "x", os.path.abspath("x.parquet")), [key]))
+
+
+def test_a_column_whose_name_is_the_beginning_of_a_key() -> None:
+    """Catches a column `a.b` taken for the struct that holds `a.b.c`."""
+    write_parquet("x.parquet", **{"a.b": list("wx"), "a": [{"b": {"c": "1"}}, {"b": {"c": "2"}}]})
+    assert [item.text for item in read("x.parquet", text_key="a.b.c")[0]] == ["1", "2"]
+
+
+def test_the_first_text_that_is_not_blank_counts() -> None:
+    """Catches documents lost because an export leaves the field that it does not use empty."""
+    lines = [
+        {"text": "", "content": "one"},
+        {"text": " \n", "content": "two"},
+        {"text": "three", "content": "other"},
+        {"text": "", "content": None},
+        {"text": "", "content": 5},
+    ]
+    keys = ["text", "content"]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    found, rejected = read("x.jsonl", content, text_key=keys)
+    assert [item.text for item in found] == ["one", "two", "three"] and rejected == []
+    columns = {key: [line[key] for line in lines[:4]] for key in keys}
+    write_parquet("x.parquet", **columns)
+    assert [item.text for item in read("x.parquet", text_key=keys)[0]] == ["one", "two", "three"]
+
+
+def test_a_flipped_byte_of_parquet_is_found() -> None:
+    """Catches damaged text that is trained on, though the file has a checksum of each page."""
+    table = arrow.table({"text": [f"a text of its own, number {i}" for i in range(200)]})
+    options = {"use_dictionary": False, "compression": "none", "write_page_checksum": True}
+    parquet.write_table(table, "x.parquet", **options)
+    content = bytearray(Path("x.parquet").read_bytes())
+    content[content.index(b"number 77") + 7] ^= 1
+    with pytest.raises(DataError, match=r"x.parquet: not a complete Parquet file .*CRC"):
+        read("x.parquet", bytes(content))
 
 
 # Text and the library
@@ -459,7 +585,7 @@ def test_a_text_file_is_one_document() -> None:
     assert read("x.txt", b"a\xff")[1] == [
         Rejection(None, "not UTF-8 (invalid start byte at byte 1)")
     ]
-    assert read("x.txt", b" \n")[1] == [Rejection(None, "'text' is empty")]
+    assert read("x.txt", b" \n") == ([], [])
 
 
 def library_items(kind: str, content: bytes) -> list[Any]:
@@ -512,7 +638,7 @@ def test_pages_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of({"prose": {"kind": "stdlib_topics"}})
     found = list_sources(recipe)["prose"]
     assert found == [Source("topics", "a", "", 6), Source("topics", "b", "", 6)]
-    assert list(read_texts(recipe.subsets["prose"], found[1])) == [("b", "page b")]
+    assert list(read_documents(recipe.subsets["prose"], found[1])) == [Document("b", "page b", 0)]
 
 
 # Files under way

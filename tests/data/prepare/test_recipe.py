@@ -175,7 +175,7 @@ def test_two_splits_of_one_origin_are_explained() -> None:
     same = {"paths": ["a/web/*.jsonl"]}
     with pytest.raises(
         ValueError,
-        match=r"subsets.b.share \[0.0, 0.5\] by document must equal subsets.a.share \[0.0, "
+        match=r"subsets.b.share \[0.0, 0.5\] by text must equal subsets.a.share \[0.0, "
         r"1.0\].*both read the same files",
     ):
         recipe_of(a=same, b={**same, **half})

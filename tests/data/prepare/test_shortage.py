@@ -63,10 +63,10 @@ def refused(tmp_path: Path, subset: dict[str, Any], **keys: Any) -> str:
             r"below the 3500000 of a sample for each: add files, or lower",
         ),
         (
-            {"share": [0.0, 0.00001]},
+            {"share": [0.0, 0.00001], "split_by": "source"},
             {},
             "gives 0 samples .*: of its 60 documents 60 are outside "
-            "its share: widen it, or give split_by document$",
+            "its share: widen it, or give split_by text$",
         ),
         (
             {},
@@ -113,11 +113,15 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
     kinds = (
         "documents_read",
         "rejected",
+        "empty",
+        "filtered",
         "short",
         "not_chosen",
         "outside",
         "duplicate",
         "held_out",
+        "held_out_copy",
+        "seen",
     )
 
     zeros = {kind if kind == "documents_read" else f"{kind}_documents": 0 for kind in kinds} | {
@@ -132,6 +136,10 @@ def test_why_documents_are_none(tmp_path: Path) -> None:
         (
             {"documents_read": 9, "not_chosen_documents": 9},
             "of its 9 documents 9 are outside the interval `documents`",
+        ),
+        (
+            {"documents_read": 9, "filtered_documents": 9},
+            "of its 9 documents 9 are left out by `where`: check its keys",
         ),
         (
             {"documents_read": 9, "rejected_documents": 20, "duplicate_documents": 9},

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,12 +21,12 @@ from pyarrow import parquet
 
 from k2train.data.chunk import ChunkInfo, check_files, verify_chunk, write_chunk, write_manifest
 from k2train.data.document_boundaries import write_borders
-from k2train.data.prepare.allocate import allocate
+from k2train.data.prepare.allocate import allocate, mixture
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.allocate.mixture import row_positions
 from k2train.data.prepare.allocate.plan_file import Plan
 from k2train.data.prepare.workspace import Workspace, read_json
-from k2train.data.prepare.write import row_file
+from k2train.data.prepare.write import merge_runs, row_file
 from k2train.data.prepare.write.provenance import Provenance
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
@@ -70,8 +71,11 @@ def check_chunk(workspace: Workspace, texts: dict[str, list[Text]], name: str) -
     assert info.tokens_per_subset == counted
     assert sources_in(workspace, record) == expected.sources
     for entry in record["files"]:
-        path = workspace.target / entry["path"]
-        assert entry == {"base": "target", "path": path.name, "bytes": path.stat().st_size}
+        base = {"target": workspace.target, "folder": workspace.folder}[entry["base"]]
+        assert entry["bytes"] == (base / entry["path"]).stat().st_size
+    by_document = {(text.source, text.name): text.text for ts in texts.values() for text in ts}
+    used = {by_document[p["source"], p["document"]] for p in expected.pieces if not p["repeat"]}
+    assert np.load(workspace.chunk_texts(name)).tolist() == sorted(used)
 
 
 corpora = st.fixed_dictionaries(
@@ -90,13 +94,28 @@ corpora = st.fixed_dictionaries(
     st.integers(1, 3),
     st.sampled_from([1, 30, 10**6]),
     st.booleans(),
+    st.sampled_from([0, 2, 2**14]),
+    st.sampled_from([1, 3, 10, mixture.BLOCKS]),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 def test_chunks_are_the_stream_cut(
-    lengths: dict[str, list[int]], repeat: float, tasks: int, capacity: int, dropped: bool
+    lengths: dict[str, list[int]],
+    repeat: float,
+    tasks: int,
+    capacity: int,
+    dropped: bool,
+    gap: int,
+    blocks: int,
 ) -> None:
-    """Catches tokens lost, doubled or out of order, and wrong provenance, boundaries or counts."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch("os.fsync"):
+    """Catches tokens lost, doubled or out of order, also in blocks of several samples, and
+    wrong provenance, boundaries or counts.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("os.fsync"),
+        mock.patch.object(merge_runs, "GAP_TOKENS", gap),
+        mock.patch.object(mixture, "BLOCKS", blocks),
+    ):
         tmp_path = Path(folder)
         subsets = {"code": {"repeat": repeat, "drop_duplicates": dropped}, "prose": {"repeat": 2}}
         recipe = recipe_of(tmp_path, subsets, sequence_length=6, document_borders=True)
@@ -123,15 +142,18 @@ def texts() -> dict[str, list[Text]]:
 
 
 def test_bytes_do_not_depend_on_runs_and_tasks(
-    texts: dict[str, list[Text]], tmp_path: Path
+    texts: dict[str, list[Text]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches an order, a dictionary or a row group that depends on runs, tasks or batch size."""
+    """Catches an order, a dictionary or a row group that depends on runs, tasks, batch size or on
+    what is read between two parts.
+    """
     found = []
-    for name, tasks, capacity, least in (
-        ("a", 1, 10**6, 2**22),
-        ("b", 5, 400, 100),
-        ("c", 17, 150, 2**22),
+    for name, tasks, capacity, least, gap in (
+        ("a", 1, 10**6, 2**22, 2**14),
+        ("b", 5, 400, 100, 0),
+        ("c", 17, 150, 2**22, 3),
     ):
+        monkeypatch.setattr(merge_runs, "GAP_TOKENS", gap)
         recipe = recipe_of(
             tmp_path / name,
             {"code": {"repeat": 2.5, "drop_duplicates": True}, "prose": {"repeat": 0.5}},
@@ -149,6 +171,41 @@ def test_bytes_do_not_depend_on_runs_and_tasks(
 
     assert len(found[0]) == 4 * 3
     assert found[0] == found[1] == found[2]
+
+
+def test_a_long_document_fills_no_chunk(tmp_path: Path) -> None:
+    """Catches a document of half a subset that is most of one chunk and nothing of the others."""
+    texts = {"books": [*texts_of("books", [20] * 400, 20), Text("books", "long", 0, 8000, 7)]}
+    recipe = recipe_of(tmp_path, {"books": {}}, chunks=4)
+    workspace = workspace_of(tmp_path, recipe, texts, 3, 900)
+    run_all(workspace)
+    shares = []
+    for name in workspace.chunk_names:
+        pieces = parquet.read_table(workspace.target / f"{name}.parquet").to_pylist()
+        long = sum(piece["length"] for piece in pieces if piece["source"] == "books/long")
+        shares.append(long / sum(piece["length"] for piece in pieces))
+
+    assert max(shares) < 0.51 and min(shares) > 0.49
+
+
+def test_a_slice_of_a_run_is_one_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a column of a run that is opened for itself: a file server answers thousands of opens
+    in the time in which it delivers gigabytes.
+    """
+    texts = {"web": texts_of("web", [30] * 600, 20)}
+    recipe = recipe_of(tmp_path, {"web": {}}, chunks=3)
+    workspace = workspace_of(tmp_path, recipe, texts, 10, 400)
+    plan_task(workspace)
+    opened: list[str] = []
+    plain_open = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, *a: [opened.append(str(path)), plain_open(path, *a)][1]
+    )
+    chunk_task(workspace, 0)
+    runs = Counter(path for path in opened if path.endswith(".safetensors"))
+    # The header, where the chunk's part begins and ends, and the part itself.
+    assert len(runs) > 40 and set(runs.values()) == {3}
+    assert sum(path.endswith(".marks") for path in opened) == 1
 
 
 def test_documents_longer_than_a_batch(tmp_path: Path) -> None:
@@ -285,6 +342,7 @@ def test_no_space_is_reported_before_and_while_writing(
         "chunk_000.json",
         "chunk_000.npy",
         "chunk_000.parquet",
+        "chunk_000.texts.npy",
     ]
 
 
@@ -297,7 +355,7 @@ def test_a_chunk_that_stops_has_no_record(
         patch.setattr(Provenance, "write", mock.Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             chunk_task(workspace, 0)
-    assert left_in(workspace) == ["chunk_000.npy"]
+    assert left_in(workspace) == ["chunk_000.npy", "chunk_000.texts.npy"]
 
 
 def test_leftovers_of_the_dead_go_and_of_the_living_stay(workspace: Workspace) -> None:

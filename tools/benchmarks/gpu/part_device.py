@@ -18,7 +18,7 @@ import torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import Sizes, sizes
 from benchmarks.gpu.timing import Timer
-from k2train.plan.cost import peak_flops
+from k2train.plan.device_peak import peak_flops
 from k2train.text import bytes_text
 
 PACKAGES = (

@@ -38,6 +38,10 @@ def account_of(
             "held_out_documents": count.documents(HELD_OUT_TEXT),
             "duplicate_documents": count.duplicates[0],
             "duplicate_tokens": count.duplicates[1],
+            "held_out_copy_documents": count.held_out_copies[0],
+            "held_out_copy_tokens": count.held_out_copies[1],
+            "seen_documents": count.seen[0],
+            "seen_tokens": count.seen[1],
             "training_tokens": tokens,
             "repeat": subset.repeat,
             "passes": subset.passes,
@@ -56,25 +60,41 @@ def account_of(
     return account
 
 
+# Name of a count in the records of encode tasks -> in the account.
+_READ_COUNTS = {
+    "documents_read": "documents_read",
+    "rejected": "rejected_documents",
+    "rejected_bytes": "rejected_bytes",
+    "empty": "empty_documents",
+    "files": "files_read",
+    "broken_files": "broken_files",
+    "bare_files": "bare_files",
+    "repeated_ids": "repeated_id_documents",
+    **{
+        name: f"{kind}_{unit}"
+        for kind in ("filtered", "short", "not_chosen", "outside")
+        for name, unit in ((kind, "documents"), (f"{kind}_bytes", "bytes"))
+    },
+}
+
+
 def _read_counts(workspace: Workspace, name: str) -> dict[str, int]:
-    """Counts of the encode tasks for a subset; `documents_read` and `rejected` count its files.
+    """Counts of the encode tasks for a subset; those of files and rejections are of its files.
 
     Documents with a repeated id are counted for information only: they are used like all others.
     """
-    totals = dict.fromkeys(
-        ("documents_read", "rejected", "short", "not_chosen", "outside", "repeated_ids"), 0
-    )
+    totals = dict.fromkeys(_READ_COUNTS.values(), 0)
     for number in range(len(workspace.tasks)):
         counts = read_json(workspace.encode_record(number))["subsets"].get(name, {})
-        for key in totals:
-            totals[key] += counts.get(key, 0)
-    names = {"documents_read": "documents_read", "repeated_ids": "repeated_id_documents"}
-    return {names.get(key, f"{key}_documents"): count for key, count in totals.items()}
+        for key, total in _READ_COUNTS.items():
+            totals[total] += counts.get(key, 0)
+    return totals
 
 
 def check_account(name: str, item: Mapping[str, Any]) -> None:
     """Raises AssertionError when tokens or documents of a subset are lost or counted twice."""
-    kinds = ("short", "not_chosen", "outside", "duplicate", "training", "held_out")
+    left_out = ("empty", "filtered", "short", "not_chosen", "outside", "duplicate", "seen")
+    kinds = (*left_out, "training", "held_out", "held_out_copy")
     documents = sum(item[f"{kind}_documents"] for kind in kinds)
     assert item["documents_read"] == documents, f"{name}: documents do not add up: {item}"
     laid_out = sum(item[f"{part}_tokens"] for part in ("used", "unused", "tail", "left_by_repeat"))

@@ -21,10 +21,10 @@ from k2train.data.prepare.allocate.held_out import (
     held_out_rows,
     samples_of,
 )
-from k2train.data.prepare.allocate.mixture import allocate, spread
+from k2train.data.prepare.allocate.mixture import Samples, allocate, spread
 from k2train.data.prepare.allocate.passes import (
     Counts,
-    duplicate_flags,
+    held_out_texts,
     histogram_of,
     plan_pass,
     runs_of,
@@ -36,10 +36,12 @@ from k2train.data.prepare.allocate.plan_file import (
     SubsetPlan,
 )
 from k2train.data.prepare.allocate.shortage import check_samples
+from k2train.data.prepare.allocate.text_flags import seen_texts, text_flags
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.sources.rejected import check_rejected
 from k2train.data.prepare.workspace import HELD_OUT, Workspace, process_suffix, write_json
+from k2train.data.text_record import TextRecord
 
 BLOCK_ROWS = 65536
 BLOCK_PIECES = 2**17
@@ -66,29 +68,35 @@ def plan_task(workspace: Workspace) -> None:
 
 def _plan(workspace: Workspace, folder: Path, scratch: Path) -> None:
     """Decide and write the plan; `scratch` is for temporary files."""
-    recipe = workspace.recipe
+    recipe, length = workspace.recipe, workspace.recipe.sequence_length
     sources = sorted({source.key for task in workspace.tasks for source in task.sources})
-    boundaries, plans, counts = _choose_documents(workspace, scratch, sources)
+    # Hashed here: the plan says which texts it left out, and they must be the ones it read.
+    seen = seen_texts(recipe, verify=True)
+    boundaries, plans, counts = _choose_documents(workspace, scratch, list(seen.values()))
 
     held_rows, samples, used = _choose_samples(recipe, counts)
     account = account_of(workspace, counts, used, held_rows)
     check_samples(recipe, account, samples, used)
 
     # Which samples of each subset go to which chunk.
-    chunks = dict(zip(workspace.chunk_names, spread(used, recipe.chunks), strict=False))
+    chunks = dict(zip(workspace.chunk_names, spread(used, recipe.chunks, length), strict=False))
     if recipe.held_out is not None:
-        chunks[HELD_OUT] = {name: range(rows) for name, rows in held_rows.items()}
+        chunks[HELD_OUT] = {
+            name: (range(rows),) if rows else () for name, rows in held_rows.items()
+        }
 
     content = {
         "files": _files(workspace.folder, plans),
         "vocab_size": workspace.tokenizer.vocab_size,
         "sequence_length": recipe.sequence_length,
         "block_rows": _block_rows(recipe.sequence_length, counts, used),
+        "seen": list(seen),
         "account": account,
         "held_out_places": boundaries,
         "document_keys": _document_keys(recipe.seed, recipe.sequence_length, plans, chunks),
         "chunks": {
-            name: {s: [r.start, r.stop] for s, r in parts.items()} for name, parts in chunks.items()
+            name: {s: [[r.start, r.stop] for r in ranges] for s, ranges in parts.items()}
+            for name, parts in chunks.items()
         },
         "subsets": [
             {
@@ -105,9 +113,9 @@ def _plan(workspace: Workspace, folder: Path, scratch: Path) -> None:
 
 
 def _choose_documents(
-    workspace: Workspace, scratch: Path, sources: Sequence[str]
+    workspace: Workspace, scratch: Path, seen: Sequence[TextRecord]
 ) -> tuple[Mapping[str, int], dict[str, SubsetPlan], dict[str, Counts]]:
-    """Decide on every document, and write the files of each pass.
+    """Decide on every document, and write the files of each pass; `seen` texts are left out.
 
     Returns by subset where the held-out part begins, the plan, and the counts of one pass.
     """
@@ -115,7 +123,7 @@ def _choose_documents(
     names = list(recipe.subsets)
     runs = runs_of(workspace)
     # Which documents repeat an earlier text, by subset and pass.
-    flags = duplicate_flags(workspace, scratch, runs, sources)
+    flags = text_flags(workspace, scratch, runs, seen)
 
     # Only a number of held-out rows needs the distribution of tokens.
     histograms: dict[str, Longs] = {}
@@ -125,11 +133,17 @@ def _choose_documents(
         }
 
     boundaries = held_out_boundaries(recipe, histograms)
+    held_texts = held_out_texts(workspace, runs, flags, boundaries)
     plans, counts = {}, {}
     for index, name in enumerate(names):
         passes = [
             plan_pass(
-                workspace, f"{index}_{number:03d}", entries, flags[name, number], boundaries[name]
+                workspace,
+                f"{index}_{number:03d}",
+                entries,
+                flags[name, number],
+                boundaries[name],
+                held_texts,
             )
             for number, entries in enumerate(runs[name])
         ]
@@ -151,8 +165,10 @@ def _choose_samples(
     """By subset: rows to hold out, samples there are to train on, and those that are used."""
     training = {name: count.tokens(TRAINING) for name, count in counts.items()}
     held_out = {name: count.tokens(HELD_OUT_TEXT) for name, count in counts.items()}
+    # Rows to hold out are in proportion to the text there is, before copies of held-out texts go.
+    given = {name: training[name] + count.held_out_copies[1] for name, count in counts.items()}
     held_rows = (
-        held_out_rows(recipe, training, held_out)
+        held_out_rows(recipe, given, held_out)
         if recipe.held_out is not None
         else dict.fromkeys(counts, 0)
     )
@@ -197,7 +213,7 @@ def _document_keys(
     seed: int,
     length: int,
     plans: Mapping[str, SubsetPlan],
-    chunks: Mapping[str, Mapping[str, range]],
+    chunks: Mapping[str, Mapping[str, Samples]],
 ) -> dict[str, Any]:
     """Key buckets of each subset and chunk that its tokens come from: [pass, first, last]."""
     subsets: dict[str, Any] = {}
@@ -206,16 +222,18 @@ def _document_keys(
         for name, parts in chunks.items():
             # Held-out rows use the first pass of the held-out stream.
             mask = HELD_OUT_TEXT if name == HELD_OUT else TRAINING
-            start, stop = parts[subset].start * length, parts[subset].stop * length
-            pieces = (
-                ([(0, start, stop)] if stop > start else [])
-                if name == HELD_OUT
-                else plan.parts(start, stop)
-            )
-            ranges = [
-                (number, *plan.passes[number].bucket_range(mask, a, b)) for number, a, b in pieces
-            ]
-            found[name] = [[number, first, end - 1] for number, first, end in ranges]
+            ranges: list[list[int]] = []
+            for samples in parts[subset]:
+                start, stop = samples.start * length, samples.stop * length
+                for number, a, b in (
+                    [(0, start, stop)] if name == HELD_OUT else plan.parts(start, stop)
+                ):
+                    first, end = plan.passes[number].bucket_range(mask, a, b)
+                    if ranges and ranges[-1][0] == number and first <= ranges[-1][2] + 1:
+                        ranges[-1][2] = end - 1
+                    else:
+                        ranges.append([number, first, end - 1])
+            found[name] = ranges
 
         subsets[subset] = {"bits": [p.bits for p in plan.passes], "chunks": found}
 

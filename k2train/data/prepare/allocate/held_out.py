@@ -1,7 +1,9 @@
 """Held-out selection: the upper end of each share, from one boundary for all subsets of an origin.
 
-- A boundary by position holds out a file's docstrings together with the file, whatever subset they
-  are in. It needs no list of names.
+- A boundary by position holds out equal texts together, or a file's docstrings together with the
+  file, whatever subset they are in. It needs no list of names.
+- Boundaries differ between origins. `passes.held_out_texts` leaves out of training what equals a
+  held-out text all the same.
 - Alternatives considered: choosing documents one by one until they suffice; that needs all of them
   in memory.
 """

@@ -2,10 +2,14 @@
 
 - Every subset is spread evenly. Chunks differ by at most one of its samples, and by at most one row
   in total.
+- Samples are dealt to the chunks in turn, as cards are, so that a document longer than a chunk's
+  part of its subset does not fill a chunk. Large subsets are dealt in blocks: a chunk then reads
+  stretches of the sorted runs instead of single samples.
 - Permutations sort raw Philox words, whose stream NumPy guarantees for ever. It does not for
   `Generator.permutation`.
 - Alternatives considered: drawing each row's subset at random; chunks, and so the checkpoints made
-  of them, would differ in their mix.
+  of them, would differ in their mix. One stretch of the stream for each chunk; the samples of a
+  document are neighbours in it.
 """
 
 import hashlib
@@ -15,6 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.errors import DataError
+
+BLOCKS = 2**11
+"""Blocks in which a subset is dealt: a chunk of a large subset reads so many stretches at most."""
+MAX_BLOCK_TOKENS = 2**26
+"""A block of this size is as large as a batch of the merge of very many runs."""
+
+Samples = tuple[range, ...]
+"""Samples of a subset that a chunk takes, ascending, as ranges that do not touch."""
 
 
 def keyed_permutation(n: int, seed: int, purpose: str) -> npt.NDArray[np.int64]:
@@ -75,13 +87,24 @@ def allocate(available: Mapping[str, int], wanted: int | None, fill: str | None)
     return {name: rest if name == fill else count for name, count in available.items()}
 
 
-def spread(counts: Mapping[str, int], chunks: int) -> list[dict[str, range]]:
-    """For each chunk, the range of samples it takes of each subset.
+def block_samples(samples: int, chunks: int, sequence_length: int) -> int:
+    """Samples of a subset that are dealt to a chunk at a time: 1 for less than 2 `BLOCKS` of them.
+
+    Decided by the subset's size only, never by how it was encoded.
+    """
+    largest = MAX_BLOCK_TOKENS // sequence_length
+    return max(1, min(samples // BLOCKS, largest, samples // chunks))
+
+
+def spread(
+    counts: Mapping[str, int], chunks: int, sequence_length: int
+) -> list[dict[str, Samples]]:
+    """For each chunk, the samples it takes of each subset.
 
     Raises DataError for a subset with fewer samples than chunks.
     """
-    plan: list[dict[str, range]] = [{} for _ in range(chunks)]
-    first_extra = 0
+    plan: list[dict[str, Samples]] = [{} for _ in range(chunks)]
+    first = 0
     for name, count in counts.items():
         if count < chunks:
             raise DataError(
@@ -89,14 +112,47 @@ def spread(counts: Mapping[str, int], chunks: int) -> list[dict[str, range]]:
                 f"{chunks} chunks: lower chunks, or widen its share"
             )
 
-        start = 0
-        for chunk in range(chunks):
-            # Odd samples start after the chunks that got those of the previous subset, so that the
-            # totals stay even too.
-            size = count // chunks + ((chunk - first_extra) % chunks < count % chunks)
-            plan[chunk][name] = range(start, start + size)
-            start += size
-
-        first_extra = (first_extra + count) % chunks
+        block = block_samples(count, chunks, sequence_length)
+        for turn, samples in enumerate(_deal(count, chunks, block)):
+            # Who is first gets the odd samples, so the next subset begins after the chunks that
+            # got one: the totals stay even too.
+            plan[(first + turn) % chunks][name] = samples
+        first = (first + count) % chunks
 
     return plan
+
+
+def _deal(count: int, chunks: int, block: int) -> list[Samples]:
+    """Deal `range(count)` in turn, in blocks, and the rest in smaller ones: the samples of each."""
+    dealt: list[list[range]] = [[] for _ in range(chunks)]
+    start = 0
+    # Rounds of full blocks, then one in which everybody gets the same, and the first one more.
+    for _ in range(count // (block * chunks)):
+        for taken in dealt:
+            taken.append(range(start, start + block))
+            start += block
+
+    rest = count - start
+    for turn, taken in enumerate(dealt):
+        size = rest // chunks + (turn < rest % chunks)
+        if size:
+            taken.append(range(start, start + size))
+        start += size
+
+    return [_joined(taken) for taken in dealt]
+
+
+def _joined(ranges: list[range]) -> Samples:
+    """The ranges with those that touch made one, as in a folder of a single chunk."""
+    joined: list[range] = []
+    for item in ranges:
+        if joined and joined[-1].stop == item.start:
+            joined[-1] = range(joined[-1].start, item.stop)
+        else:
+            joined.append(item)
+    return tuple(joined)
+
+
+def count_of(samples: Samples) -> int:
+    """Number of samples."""
+    return sum(map(len, samples))

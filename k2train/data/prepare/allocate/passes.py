@@ -7,12 +7,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from k2train.data.prepare.allocate.deduplicate import flag_duplicates
+from k2train.data.prepare.allocate.deduplicate import DUPLICATE, SEEN
 from k2train.data.prepare.allocate.held_out import Longs, position_histogram
 from k2train.data.prepare.allocate.plan_file import (
     HELD_OUT_TEXT,
@@ -22,10 +21,11 @@ from k2train.data.prepare.allocate.plan_file import (
     PassPlan,
     RunEntry,
 )
+from k2train.data.prepare.allocate.text_flags import Flags
 from k2train.data.prepare.encode.sorted_runs import Run
 from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
+from k2train.data.text_record import Hashes, contains, distinct
 from k2train.files import AtomicFile
-from k2train.retry import read_retried
 
 BUCKET_DOCUMENTS = 16
 """Documents meant for one bucket of keys; a large subset has more, since buckets are limited."""
@@ -36,11 +36,15 @@ MAX_BUCKET_BITS = 18
 class Counts:
     """Documents and tokens of one pass, by decision.
 
-    `buckets` as in the plan's file; `duplicates` is [documents, tokens].
+    `buckets` as in the plan's file. The others are [documents, tokens] of what is left out:
+    `duplicates` of an earlier text, texts `seen` in earlier data, and `held_out_copies`: documents
+    to train on whose text is held out, there or in another subset.
     """
 
     buckets: Longs
     duplicates: list[int] = field(default_factory=lambda: [0, 0])
+    seen: list[int] = field(default_factory=lambda: [0, 0])
+    held_out_copies: list[int] = field(default_factory=lambda: [0, 0])
 
     def tokens(self, mask: int) -> int:
         """Tokens of the documents with this mask."""
@@ -75,50 +79,56 @@ def runs_of(workspace: Workspace) -> dict[str, list[list[RunEntry]]]:
     return found
 
 
-def duplicate_flags(
-    workspace: Workspace,
-    scratch: Path,
-    runs: Mapping[str, Sequence[Sequence[RunEntry]]],
-    sources: Sequence[str],
-) -> dict[tuple[str, int], Path | None]:
-    """Write the duplicate flags of each subset and pass; None where duplicates are kept."""
-    # The first of equal texts is decided by the order of source keys, then ordinals.
-    ranks = {key: rank for rank, key in enumerate(sources)}
-    flags: dict[tuple[str, int], Path | None] = {}
-    for name, subset in workspace.recipe.subsets.items():
-        for number, entries in enumerate(runs[name]):
-            flags[name, number] = None
-            if subset.drop_duplicates:
-                path = flag_duplicates(scratch, workspace.folder, entries, ranks)
-                flags[name, number] = path.rename(scratch / f"{len(flags)}_flags")
-    return flags
-
-
-def _flags_of(path: Path | None, entry: RunEntry) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
-    """Duplicate flags of the documents of one run."""
-    if path is None:
-        return np.zeros(entry.documents, dtype=bool)
-    return np.frombuffer(read_retried(path, entry.first, entry.documents), dtype=bool)
-
-
-def histogram_of(
-    workspace: Workspace, name: str, runs: Iterable[RunEntry], flags: Path | None
-) -> Longs:
-    """Tokens of a subset by position, duplicates excluded."""
+def histogram_of(workspace: Workspace, name: str, runs: Iterable[RunEntry], flags: Flags) -> Longs:
+    """Tokens of a subset by position, flagged documents excluded."""
     share = workspace.recipe.subsets[name].share
     total = position_histogram(share, np.zeros(0, np.uint64), np.zeros(0, np.int64))
     for entry in runs:
         run = Run(workspace.folder / entry.path)
         lengths = run.read("lengths").astype(np.int64)
-        kept = (lengths > 0) & ~_flags_of(flags, entry)
+        kept = (lengths > 0) & (flags.of(entry) == 0)
         total += position_histogram(share, run.read("places")[kept], lengths[kept])
     return total
 
 
+def held_out_texts(
+    workspace: Workspace,
+    runs: Mapping[str, Sequence[Sequence[RunEntry]]],
+    flags: Mapping[tuple[str, int], Flags],
+    boundaries: Mapping[str, int],
+) -> Hashes:
+    """Ascending hashes of the held-out texts of all subsets, 8 bytes each.
+
+    Empty where equal texts are on one side anyway: all subsets are split by text, at one boundary.
+    """
+    recipe, found = workspace.recipe, [np.zeros(0, dtype=np.uint64)]
+    by_text = all(subset.split_by == "text" for subset in recipe.subsets.values())
+    if recipe.held_out is None or (by_text and len(set(boundaries.values())) == 1):
+        return found[0]
+
+    for name, passes in runs.items():
+        boundary = np.uint64(boundaries[name])
+        for entry in passes[0]:
+            run = Run(workspace.folder / entry.path)
+            held = (run.read("lengths") > 0) & (run.read("places") >= boundary)
+            held &= flags[name, 0].of(entry) == 0
+            found.append(run.read("texts")[held].astype(np.uint64))
+
+    return distinct(np.concatenate(found))
+
+
 def plan_pass(
-    workspace: Workspace, files: str, runs: Sequence[RunEntry], flags: Path | None, boundary: int
+    workspace: Workspace,
+    files: str,
+    runs: Sequence[RunEntry],
+    flags: Flags,
+    boundary: int,
+    held_texts: Hashes,
 ) -> tuple[PassPlan, Counts]:
-    """Write the three files of a pass; every position from `boundary` on is held out."""
+    """Write the three files of a pass; every position from `boundary` on is held out.
+
+    No document is trained on whose text is among the `held_texts`.
+    """
     documents = sum(run.documents for run in runs)
     bits = min(MAX_BUCKET_BITS, (documents // BUCKET_DOCUMENTS).bit_length())
 
@@ -131,21 +141,27 @@ def plan_pass(
         for entry in runs:
             run = Run(workspace.folder / entry.path)
             lengths = run.read("lengths").astype(np.int64)
-            duplicate = _flags_of(flags, entry)
-            inside = lengths > 0
-            # Documents outside the share (length 0) and duplicates are left out.
+            flag, inside = flags.of(entry), lengths > 0
+            # Documents outside the share (length 0) and flagged ones are left out.
             mask = np.where(
                 run.read("places") >= np.uint64(boundary), HELD_OUT_TEXT, TRAINING
             ).astype(np.uint8)
-            mask[duplicate | ~inside] = 0
+            mask[(flag != 0) | ~inside] = 0
+            copies = (mask == TRAINING) & contains(held_texts, run.read("texts"))
+            mask[copies] = 0
             masks.write(mask.tobytes())
             # Tokens before every 256th document, to find one without reading all lengths.
             marks.write(
                 (np.cumsum(lengths) - lengths)[::MARK_DOCUMENTS].astype(np.uint64).tobytes()
             )
             _count(counts, run.read("keys"), lengths, mask, bits)
-            counts.duplicates[0] += int((duplicate & inside).sum())
-            counts.duplicates[1] += int(lengths[duplicate].sum())
+            for total, chosen in (
+                (counts.duplicates, flag == DUPLICATE),
+                (counts.seen, flag == SEEN),
+                (counts.held_out_copies, copies),
+            ):
+                total[0] += int((chosen & inside).sum())
+                total[1] += int(lengths[chosen].sum())
 
     # Prefix sums over the buckets.
     before = np.zeros((4, 2**bits + 1), dtype=np.int64)

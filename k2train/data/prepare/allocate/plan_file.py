@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from k2train.data.prepare.allocate.mixture import Samples
 from k2train.errors import DataError
 from k2train.retry import read_retried
 
@@ -111,7 +112,7 @@ class SubsetPlan:
 class Plan:
     """The plan as the chunk tasks read it.
 
-    `chunks[name][subset]` is a range of samples, of the held-out stream for the chunk `held_out`.
+    `chunks[name][subset]` are ranges of samples, of the held-out stream for the chunk `held_out`.
     `sources` are the keys of all sources, ascending. `block_rows` is the rows of a provenance row
     group.
     """
@@ -121,7 +122,7 @@ class Plan:
     sequence_length: int
     block_rows: int
     subsets: tuple[SubsetPlan, ...]
-    chunks: dict[str, dict[str, range]]
+    chunks: dict[str, dict[str, Samples]]
 
     @classmethod
     def read(cls, folder: Path) -> "Plan":
@@ -149,7 +150,10 @@ class Plan:
             subsets.append(SubsetPlan(entry["name"], entry["training_tokens"], tuple(passes)))
 
         chunks = {
-            name: {subset: range(*samples) for subset, samples in parts.items()}
+            name: {
+                subset: tuple(range(*samples) for samples in ranges)
+                for subset, ranges in parts.items()
+            }
             for name, parts in content["chunks"].items()
         }
         facts = {key: content[key] for key in ("vocab_size", "sequence_length", "block_rows")}

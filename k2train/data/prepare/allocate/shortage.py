@@ -19,11 +19,15 @@ _REASONS = (
         "rejected_documents",
         "broken: check text_key and id_key, and rejected.jsonl in the work folder",
     ),
+    ("empty_documents", "without text: check text_key"),
+    ("filtered_documents", "left out by `where`: check its keys and values"),
     ("short_documents", "shorter than min_characters: lower it"),
     ("not_chosen_documents", "outside the interval `documents`: widen it"),
     ("outside_documents", "outside its share: widen it"),
     ("duplicate_documents", "duplicates: drop_duplicates false keeps them"),
     ("held_out_documents", "held out: lower held_out"),
+    ("held_out_copy_documents", "held out elsewhere, with the same text: lower held_out"),
+    ("seen_documents", "in the data that `seen` names: add other files"),
 )
 
 
@@ -71,9 +75,9 @@ def _explain_none(subset: SubsetRecipe, counts: Mapping[str, Any]) -> str:
         return "its files hold no document"
     key, words = max(_REASONS, key=lambda reason: counts[reason[0]])
     # A few files end up on one side of a split more easily than many documents.
-    parts = subset.kind in ("jsonl", "parquet") and subset.split_by == "source"
+    parts = bool(subset.paths) and subset.split_by == "source"
     finer = parts and key in ("outside_documents", "held_out_documents")
-    split = ", or give split_by document" if finer else ""
+    split = ", or give split_by text" if finer else ""
     return f"of its {seen} documents {counts[key]} are {words}{split}"
 
 

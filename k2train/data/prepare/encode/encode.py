@@ -12,7 +12,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -23,17 +23,28 @@ from k2train.data.manifest import chunk_dtype
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.encode.fill_in_middle import KINDS, Item, choose_item, encode_documents
 from k2train.data.prepare.encode.run_writer import RunWriter
+from k2train.data.prepare.field_keys import Matcher
 from k2train.data.prepare.recipe import WHOLE
-from k2train.data.prepare.source import Contents, Source, first_position, split_position
-from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
+from k2train.data.prepare.source import (
+    Source,
+    first_position,
+    split_position,
+    text_digest,
+    text_hash,
+    text_position,
+)
+from k2train.data.prepare.sources.readers import (
+    Document,
+    ReadCounts,
+    Rejection,
+    read_documents,
+)
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
-from k2train.data.prepare.sources.stdlib import topic_page
 from k2train.data.prepare.workspace import EncodeTask, Workspace, process_suffix, write_json
-from k2train.data.source_record import SourceFile
 from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
-from k2train.retry import list_retried, stat_retried
+from k2train.retry import list_retried
 
 BATCH_CHARACTERS = 2**22
 BATCH_DOCUMENTS = 2**14
@@ -41,6 +52,8 @@ BATCH_DOCUMENTS = 2**14
 MIN_REJECTED = 1000
 MAX_REJECTED_SHARE = 0.5
 
+OUTCOMES = ("documents", "outside", "short", "not_chosen", "filtered")
+"""What becomes of a document that was read, by subset."""
 _EOS = np.array([EOS_ID], dtype=np.int32)
 
 
@@ -106,7 +119,15 @@ def encode_task(workspace: Workspace, number: int) -> None:
 class _SubsetEncoder:
     """One subset of a task: selects its documents, counts them, and writes its runs."""
 
-    def __init__(self, workspace: Workspace, task: EncodeTask, name: str, folder: Path) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        task: EncodeTask,
+        name: str,
+        folder: Path,
+        fields: Sequence[str],
+    ) -> None:
+        """`fields` are the keys of the values that come with each document."""
         recipe = workspace.recipe
         self.name, self.subset, self.seed = name, recipe.subsets[name], recipe.seed
         self.first, self.end = (first_position(part) for part in self.subset.share)
@@ -124,7 +145,9 @@ class _SubsetEncoder:
             max(1, recipe.executor.run_tokens // len(task.subsets)),
         )
 
-        self.counts = dict.fromkeys(("documents", "outside", "short", "not_chosen"), 0)
+        self.where = Matcher(self.subset.where, fields)
+        self.counts = dict.fromkeys(OUTCOMES, 0)
+        self.bytes = dict.fromkeys(OUTCOMES, 0)
 
     def item(self, source_key: str, document: Document) -> Item:
         """The document as this subset encodes it."""
@@ -134,6 +157,8 @@ class _SubsetEncoder:
 
     def classify(self, document: Document, drawn: int, position: int) -> str:
         """`documents` for a document that is taken, else the name of the count it belongs to."""
+        if not self.where.matches(document.fields):
+            return "filtered"
         if self.draws and not self.first_drawn <= drawn < self.end_drawn:
             return "not_chosen"
         if len(document.text) < self.subset.min_characters:
@@ -143,9 +168,16 @@ class _SubsetEncoder:
     def record(self, task_encoder: "_TaskEncoder") -> dict[str, Any]:
         """Counts, tokens of one pass, and the runs of each pass."""
         tokens = sum(run["tokens"] for run in self.writer.runs[0])
-        read = {"documents_read": task_encoder.documents_read, "rejected": task_encoder.rejected}
+        sizes = {f"{outcome}_bytes": size for outcome, size in self.bytes.items()}
         repeated = {"repeated_ids": self.writer.repeated_ids}
-        return {**self.counts, **read, **repeated, "tokens": tokens, "passes": self.writer.runs}
+        return {
+            **self.counts,
+            **sizes,
+            **task_encoder.read_counts(),
+            **repeated,
+            "tokens": tokens,
+            "passes": self.writer.runs,
+        }
 
 
 @dataclass
@@ -166,25 +198,56 @@ class _TaskEncoder:
         self, workspace: Workspace, task: EncodeTask, folder: Path, rejected: IO[bytes]
     ) -> None:
         self.seed, self.tokenizer, self.task = workspace.recipe.seed, workspace.tokenizer, task
-        self.encoders = [_SubsetEncoder(workspace, task, name, folder) for name in task.subsets]
+        subsets = [workspace.recipe.subsets[name] for name in task.subsets]
+        self.fields = list(dict.fromkeys(key for subset in subsets for key in subset.where))
+        self.encoders = [
+            _SubsetEncoder(workspace, task, name, folder, self.fields) for name in task.subsets
+        ]
+        self.forgives_all = workspace.recipe.max_rejected_share == 1
         self.draws = any(encoder.draws for encoder in self.encoders)
         # The recipe ensures that subsets of the same files split them alike.
-        self.by_document = self.encoders[0].subset.split_by == "document"
+        self.split_by = self.encoders[0].subset.split_by
         self.stream = rejected
-        self.documents_read = self.rejected = self.text_bytes = 0
+        self.text_bytes = 0
+        # Of the finished sources, and of the one that is read.
+        self.totals = ReadCounts().record
+        self.counts = ReadCounts()
         self.batch = _Batch()
 
     def read(self, source: Source) -> dict[str, Any]:
         """Encode the documents of a source; returns the facts of what was read."""
-        reading = read_documents(self.encoders[0].subset, source)
+        reading = read_documents(self.encoders[0].subset, source, self.fields)
+        self.counts = reading.counts
         # All documents of a source share its position, unless they are split individually.
-        key, position = source.key, split_position(source.key)
+        key, position, first = source.key, split_position(source.key), None
         for item in reading:
             if isinstance(item, Rejection):
+                first = first or item
                 self._reject(source, item)
             else:
                 self._add_document(key, item, position)
+
+        if first is not None and self.counts.is_useless:
+            self._check_useless(source, first)
+        self.totals, self.counts = self.read_counts(), ReadCounts()
         return reading.facts
+
+    def _check_useless(self, source: Source, first: Rejection) -> None:
+        """Raises DataError for a file of some documents, none of which can be used."""
+        if self.encoders[0].subset.kind not in ("jsonl", "parquet") or self.forgives_all:
+            return
+        names = ", ".join(f"subsets.{name}" for name in self.task.subsets)
+        line = "" if first.line is None else f"{first.line}:"
+        raise DataError(
+            f"{names}: {source.path} holds no document: all {self.counts.rejected} are broken, "
+            f"the first at {source.path}:{line} {first.reason}; check kind, text_key and id_key, "
+            "or take the file away"
+        )
+
+    def read_counts(self) -> dict[str, int]:
+        """What the readers met so far, as in the task's record."""
+        now = self.counts.record
+        return {name: count + now[name] for name, count in self.totals.items()}
 
     def _reject(self, source: Source, item: Rejection) -> None:
         """Record a rejection. Raises DataError when most of a large number are rejected."""
@@ -197,47 +260,46 @@ class _TaskEncoder:
 
         self.stream.write((json.dumps(entry) + "\n").encode())
 
-        self.rejected += 1
         # Stop early when most documents of a task are broken.
-        seen = self.documents_read + self.rejected
-        if self.rejected > MIN_REJECTED and self.rejected > MAX_REJECTED_SHARE * seen:
+        so_far = self.read_counts()
+        rejected = so_far["rejected"]
+        seen = so_far["documents_read"] + rejected
+        if rejected > MIN_REJECTED and rejected > MAX_REJECTED_SHARE * seen:
             names = ", ".join(f"subsets.{name}" for name in self.task.subsets)
             raise DataError(
-                f"{names}: {self.rejected} of the first {seen} documents are broken, lastly "
+                f"{names}: {rejected} of the first {seen} documents are broken, lastly "
                 f"{source.path}:{item.line}: {item.reason}; check kind, text_key and id_key"
             )
 
     def _add_document(self, key: str, document: Document, position: int) -> None:
         """Offer a document to every subset of the task, and encode the batch when it is full."""
-        self.documents_read += 1
         text, name = document.text, document.name
-        self.text_bytes += len(text) if text.isascii() else len(text.encode())
+        content = text.encode()
+        size, digest = len(content), text_digest(content)
+        self.text_bytes += size
         # Drawn only when some subset takes a part of the documents.
         drawn = drawn_position(self.seed, key, name) if self.draws else 0
         # `position` is that of the source, unless documents are split individually.
-        if self.by_document:
+        if self.split_by == "document":
             position = split_position(f"{key}\0{name}")
+        elif self.split_by == "text":
+            position = text_position(digest)
 
-        text_hash, first = 0, len(self.batch.items)
+        first = len(self.batch.items)
         for encoder in self.encoders:
             outcome = encoder.classify(document, drawn, position)
             encoder.counts[outcome] += 1
+            encoder.bytes[outcome] += size
             index = -1
-
-            if encoder.subset.drop_duplicates:
-                # Hashed even when it is not taken: which of equal texts is the first must not
-                # depend on what else is chosen.
-                text_hash = text_hash or int.from_bytes(
-                    hashlib.sha256(text.encode()).digest()[:8], "big"
-                )
-            elif outcome != "documents":
-                continue
-
             if outcome == "documents":
                 index = self._item_index(encoder.item(key, document), first)
-            entry_hash = text_hash if encoder.subset.drop_duplicates else 0
+            elif outcome != "outside" or not encoder.subset.drop_duplicates:
+                # One outside the share is kept for its text: it may be the first of equal ones, and
+                # the recipe of that share then has it.
+                continue
+
             self.batch.entries.append(
-                (encoder, index, key, document.ordinal, name.encode(), position, entry_hash)
+                (encoder, index, key, document.ordinal, name.encode(), position, text_hash(digest))
             )
 
         if self.batch.characters >= BATCH_CHARACTERS or len(self.batch.entries) >= BATCH_DOCUMENTS:
@@ -260,14 +322,14 @@ class _TaskEncoder:
     def _encode(self) -> None:
         batch, self.batch = self.batch, _Batch()
         encoded = encode_documents(self.tokenizer, batch.items)
-        for encoder, index, key, ordinal, name, position, text_hash in batch.entries:
+        for encoder, index, key, ordinal, name, position, hashed in batch.entries:
             # Index -1 is a document that is kept for its text hash only.
             ids, fim = (
                 ((encoded[index], _EOS), KINDS.index(batch.items[index].kind))
                 if index >= 0
                 else ((), 0)
             )
-            encoder.writer.add(key, ordinal, name, ids, position, text_hash, fim)
+            encoder.writer.add(key, ordinal, name, ids, position, hashed, fim)
 
     def finish(self) -> None:
         """Encode and write everything that is still held."""
@@ -284,57 +346,3 @@ def _remove_stale_runs(base: Path, folder: Path, kept: set[str]) -> None:
     for path in list_retried(folder):
         if path.suffix == ".safetensors" and path.relative_to(base).as_posix() not in kept:
             path.unlink(missing_ok=True)
-
-
-def sources_identity(records: Iterable[Mapping[str, Any]]) -> str:
-    """Identity of the documents: hash of the names and contents of all sources.
-
-    `records` are the encode records. Raises DataError when a source that two tasks read differed
-    between the two.
-    """
-    hashes: dict[str, str] = {}
-    for source in (source for record in records for source in record["sources"]):
-        if hashes.setdefault(source["key"], source["sha256"]) != source["sha256"]:
-            raise DataError(
-                f"{source['key']}: changed while it was prepared; "
-                "wait until nothing writes to it, then start again"
-            )
-    digest = hashlib.sha256()
-    for key in sorted(hashes):
-        digest.update(f"{key}\0{hashes[key]}\n".encode())
-    return digest.hexdigest()
-
-
-def changed_sources(sources: Iterable[Source], known: Mapping[str, SourceFile]) -> list[str]:
-    """Keys of sources that differ from the `known` ones by key, including new and missing ones.
-
-    Equal size and modification time count as equal content. When only the time differs, the file is
-    read and compared.
-    """
-    changed, seen = set(), set()
-    for source in sources:
-        seen.add(source.key)
-        if source.key not in known or not _is_unchanged(source, known[source.key]):
-            changed.add(source.key)
-    return sorted(changed | (set(known) - seen))
-
-
-def _is_unchanged(source: Source, known: SourceFile) -> bool:
-    """Whether a source still has the known size and hash."""
-    if not source.path:
-        contents = Contents(source, topic_page(source.name))
-    else:
-        try:
-            status = stat_retried(Path(source.path))
-        except OSError:
-            return False
-
-        if status is None or status.st_size != known.bytes:
-            return False
-        # Same size and time: unchanged, without reading the file.
-        if status.st_mtime_ns == known.mtime_ns:
-            return True
-        contents = Contents(source)
-
-    contents.hash_only()
-    return bool(contents.facts["sha256"] == known.sha256)

@@ -124,14 +124,22 @@ def encode_documents(
     """
     # All parts of all documents in one list; `spm` encodes prefix and middle as one text.
     texts: list[str] = []
+    # Whether a part is the beginning of its document.
+    begins: list[bool] = []
     for text, kind, a, b in items:
         if kind == "none":
             texts.append(text)
+            begins.append(True)
             continue
         prefix, middle, suffix = fim_parts(text, a, b)
-        texts += [prefix, suffix, middle] if kind == "psm" else [suffix, prefix + middle]
+        if kind == "psm":
+            texts += [prefix, suffix, middle]
+            begins += [True, not (prefix or middle), not prefix]
+        else:
+            texts += [suffix, prefix + middle]
+            begins += [not (prefix or middle), True]
 
-    encoded = tokenizer.encode_arrays(texts, num_threads)
+    encoded = tokenizer.encode_arrays(texts, num_threads, begins)
     if len(texts) == len(items):
         return encoded
     require_specials(tokenizer)

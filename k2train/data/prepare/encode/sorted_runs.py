@@ -4,11 +4,12 @@
   run.
 - A run is a safetensors file: plain arrays that other tools can open.
 - `run_writer` writes it, this module reads it.
-- It is read without keeping files open, since a merge reads more runs than a process may map.
+- It is opened for several reads at most: a merge reads more runs than a process may hold open, and
+  a file server answers an open more slowly than a read.
 
     keys uint64 [n]        ascending; ties by source, then ordinal
     places uint64 [n]      split position, see `source`
-    texts uint64 [n]       first bits of the text's sha256; 0 where the subset keeps duplicates
+    texts uint64 [n]       first bits of the text's sha256, see `source.text_hash`
     name_ends uint64 [n]   ends of the documents' names in `names`
     lengths uint32 [n]     tokens, </s> included; 0: outside the share, kept for its text hash only
     sources uint32 [n]     index into the metadata's `sources`, which are sorted
@@ -20,6 +21,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from k2train.errors import DataError
-from k2train.retry import open_retried, read_retried, retried
+from k2train.retry import OpenFile, open_retried, read_retried, retried
 
 Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
@@ -47,6 +49,7 @@ class Run:
     def __init__(self, path: Path) -> None:
         """Raises DataError for a file that is missing or not a run."""
         self.path = path
+        self._file: OpenFile | None = None
         try:
             with open_retried(path) as stream:
                 # safetensors: 8 bytes with the length of the header, the header, the data.
@@ -98,6 +101,15 @@ class Run:
         """Tokens of all documents."""
         return int(self._tensors["tokens"]["shape"][0])
 
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Keep the file open for the reads inside."""
+        with OpenFile(self.path) as self._file:
+            try:
+                yield
+            finally:
+                self._file = None
+
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Numbers:
         """Read the items `start:stop` of an array.
 
@@ -110,8 +122,10 @@ class Run:
         )
         dtype = _DTYPES[entry["dtype"]]
         offset = self._data_bytes + entry["data_offsets"][0] + start * dtype.itemsize
-        content = read_retried(self.path, offset, (stop - start) * dtype.itemsize)
-        return np.frombuffer(content, dtype)
+        size_bytes = (stop - start) * dtype.itemsize
+        if self._file is not None:
+            return np.frombuffer(self._file.read(offset, size_bytes), dtype)
+        return np.frombuffer(read_retried(self.path, offset, size_bytes), dtype)
 
     def names(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Names of the documents `start:stop`."""

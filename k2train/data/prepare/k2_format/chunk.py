@@ -167,6 +167,7 @@ def _write_chunk(task: ImportTask) -> ChunkInfo:
         sha256=hashes[0],
         provenance=names[1],
         provenance_sha256=hashes[1],
+        provenance_content_sha256=writer.digest.hexdigest(),
     )
 
 

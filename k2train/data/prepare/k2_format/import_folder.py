@@ -39,6 +39,7 @@ from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 
+AS_PUBLISHED = "as published"
 UNKNOWN_TOKENIZER = "unknown: imported without a tokenizer"
 """Replaces the tokenizer's hash when none was given; two such folders count as having the same."""
 
@@ -79,7 +80,10 @@ def import_k2(
         },
     }
     if given is not None:
-        facts["tokenizer"] = {"file": TOKENIZER_NAME, "specials": list(given.specials)}
+        facts["tokenizer"] = {"file": TOKENIZER_NAME, **given.facts}
+        if given.model_has_prefix:
+            # The ids are those of the files: nobody here decided how they were encoded.
+            facts["tokenizer"]["dummy_prefix"] = AS_PUBLISHED
 
     work = output.with_name(output.name + ".work") / "k2_import"
     existing = _existing_import(output, facts["imported"], tokenizer_hash, vocab_size, force)

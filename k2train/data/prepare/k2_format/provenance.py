@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from k2train.data.chunk import Tokens
 from k2train.data.prepare.k2_format.lines import KEYS, Fields
+from k2train.data.provenance_digest import ProvenanceDigest
 from k2train.errors import DataError
 
 try:
@@ -63,6 +64,7 @@ class ProvenanceWriter:
         self.schema = arrow.schema(list(kinds.items()))
         self.sequence_length = sequence_length
         self.rows_per_subset: Counter[str] = Counter()
+        self.digest = ProvenanceDigest()
         self._row = 0
         self._texts: dict[str, list[str | None]] = {name: [] for name in TEXTS}
         self._writer = parquet.ParquetWriter(stream, self.schema, compression="zstd")
@@ -88,7 +90,9 @@ class ProvenanceWriter:
         while len(self._texts["subset"]) >= least:
             texts = {name: values[:GROUP_ROWS] for name, values in self._texts.items()}
             self._texts = {name: values[GROUP_ROWS:] for name, values in self._texts.items()}
-            self._writer.write_table(self._table(texts))
+            table = self._table(texts)
+            self._writer.write_table(table)
+            self.digest.add(table)
             self.rows_per_subset.update(str(name) for name in texts["subset"])
 
     def _table(self, texts: Mapping[str, Sequence[str | None]]) -> Any:

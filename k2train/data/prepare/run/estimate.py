@@ -2,7 +2,7 @@
 
 - The rates are measured now, by preparing the standard library on this machine in one process, with
   the functions of the real tasks.
-- The amounts come from the recipe's `expected_tokens`, or from the files where they exist.
+- The amounts come from the recipe's `expected_tokens`, or from samples of the files (`density`).
 - Alternatives considered: a table of rates; they would be those of another machine.
 """
 
@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from k2train.data.manifest import chunk_dtype
@@ -19,9 +19,11 @@ from k2train.data.prepare.encode.encode import encode_task
 from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
+from k2train.data.prepare.run.density import Density, subset_density
 from k2train.data.prepare.run.local import workers_of
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
+from k2train.data.prepare.sources.recognize import check_formats
 from k2train.data.prepare.workspace import Workspace, read_json
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.data.tokenizer import Tokenizer
@@ -46,6 +48,7 @@ class Rates:
     chunk_bytes_per_token: float
     peak_memory_bytes: int
     tokenizer: str
+    encoder: Tokenizer | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class Cost:
     """Cost of a recipe; `made_tokens` over all chunks, `encoded_tokens` without repeats.
 
     `encode_seconds` and `chunk_seconds` are of one core; the `longest_*` are those of one task.
+    `from_files` are subsets known by the size of their files only, `sampled` those whose files were
+    looked into, with the number of looks.
     """
 
     encoded_tokens: int
@@ -67,6 +72,7 @@ class Cost:
     output_bytes: float
     task_memory_bytes: int
     from_files: tuple[str, ...]
+    sampled: Mapping[str, int] = field(default_factory=dict)
 
     def wall_seconds(self, workers: int) -> float:
         """Duration with so many tasks at once; a phase takes at least its longest task."""
@@ -103,6 +109,7 @@ def measure(recipe: Recipe, progress: Progress) -> Rates:
             chunk_bytes_per_token=_size(workspace.target) / made,
             peak_memory_bytes=peak_resident_bytes(),
             tokenizer=description,
+            encoder=tokenizer,
         )
 
 
@@ -152,10 +159,12 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
     Raises DataError, one line each, for subsets with neither files nor `expected_tokens`.
     """
     sources = _sources(recipe)
-    one_pass = {
-        name: _tokens_of_one_pass(subset, sources[name], rates)
-        for name, subset in recipe.subsets.items()
+    if rates.encoder is not None:
+        check_formats(recipe, {name: found or [] for name, found in sources.items()})
+    amounts = {
+        name: _one_pass(subset, sources[name], rates) for name, subset in recipe.subsets.items()
     }
+    one_pass = {name: amount.tokens for name, amount in amounts.items()}
     made = {
         name: min(int(one_pass[name] * subset.repeat), subset.limit_tokens or sys.maxsize)
         for name, subset in recipe.subsets.items()
@@ -166,8 +175,9 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
     wanted = recipe.chunks * (recipe.rows_per_chunk or 0) * recipe.sequence_length
     total = min(wanted, sum(made.values())) if wanted else sum(made.values())
     encoded = sum(one_pass.values())
-    encode_seconds = encoded * rates.text_bytes_per_token / rates.encode_bytes_per_second
-    tasks, longest_bytes = _encode_tasks(recipe, sources, one_pass, rates)
+    text_bytes = sum(amount.text_bytes for amount in amounts.values())
+    encode_seconds = text_bytes / rates.encode_bytes_per_second
+    tasks, longest_bytes = _encode_tasks(recipe, sources, amounts)
     longest_encode = min(encode_seconds, longest_bytes / rates.encode_bytes_per_second)
     # The sample has 2 bytes per token.
     width = 4 if chunk_dtype(_vocab(recipe)) == "uint32" else 2
@@ -187,8 +197,11 @@ def cost(recipe: Recipe, rates: Rates) -> Cost:
         output_bytes=total * rates.chunk_bytes_per_token * width / 2,
         task_memory_bytes=rates.peak_memory_bytes + held_tokens * width,
         from_files=tuple(
-            name for name, subset in recipe.subsets.items() if subset.expected_tokens is None
+            name
+            for name, subset in recipe.subsets.items()
+            if subset.expected_tokens is None and rates.encoder is None
         ),
+        sampled={name: amount.files for name, amount in amounts.items() if amount.files},
     )
 
 
@@ -211,34 +224,43 @@ def _sources(recipe: Recipe) -> dict[str, list[Source] | None]:
     return found
 
 
-def _tokens_of_one_pass(
-    subset: SubsetRecipe, sources: Sequence[Source] | None, rates: Rates
-) -> int:
+def _one_pass(subset: SubsetRecipe, sources: Sequence[Source] | None, rates: Rates) -> Density:
+    """Tokens and text of one pass: as the recipe expects, or by the files."""
     if subset.expected_tokens is not None or sources is None:
-        return subset.expected_tokens or 0
+        tokens = subset.expected_tokens or 0
+        return Density(tokens, round(tokens * rates.text_bytes_per_token), 0)
+    if rates.encoder is not None:
+        return subset_density(subset, sources, rates.encoder)
     low, high = subset.share
     part = (high - low) * (subset.documents[1] - subset.documents[0])
-    return int(part * sum(source.size_bytes for source in sources) / rates.text_bytes_per_token)
+    text_bytes = part * sum(source.size_bytes for source in sources)
+    return Density(int(text_bytes / rates.text_bytes_per_token), round(text_bytes), 0)
 
 
 def _encode_tasks(
-    recipe: Recipe,
-    sources: Mapping[str, list[Source] | None],
-    tokens: Mapping[str, int],
-    rates: Rates,
+    recipe: Recipe, sources: Mapping[str, list[Source] | None], amounts: Mapping[str, Density]
 ) -> tuple[int, float]:
-    """Number of encode tasks, and the bytes of the largest.
+    """Number of encode tasks, and the bytes of text that the largest reads.
 
     Counted where the files exist, else derived from their expected size.
     """
     listed = {name: found for name, found in sources.items() if found is not None}
     subsets = {name: recipe.subsets[name] for name in listed}
     tasks = encode_tasks(recipe.model_copy(update={"subsets": subsets}), listed) if listed else []
-    sizes = [float(sum(source.size_bytes for source in task.sources)) for task in tasks]
+    # What a stored byte becomes as text, where that was measured.
+    expansion = {
+        name: amounts[name].text_bytes / max(1, sum(source.size_bytes for source in found))
+        if amounts[name].files
+        else 1.0
+        for name, found in listed.items()
+    }
+    sizes = [
+        sum(source.size_bytes for source in task.sources)
+        * max(1.0, *(expansion[name] for name in task.subsets))
+        for task in tasks
+    ]
     task_bytes = float(recipe.executor.task_bytes)
-    text_bytes = (
-        sum(tokens[name] for name in sources if name not in listed) * rates.text_bytes_per_token
-    )
+    text_bytes = float(sum(amounts[name].text_bytes for name in sources if name not in listed))
     # Absent files are assumed to fill tasks of `task_bytes`.
     count = round(text_bytes / task_bytes)
     sizes += [task_bytes] if count else [text_bytes]
@@ -247,7 +269,7 @@ def _encode_tasks(
 
 def _vocab(recipe: Recipe) -> int:
     if exists_retried(recipe.tokenizer.model):
-        return Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).vocab_size
+        return recipe.tokenizer.load().vocab_size
     return (recipe.tokenizer.train.vocab_size if recipe.tokenizer.train else 32000) + len(
         recipe.tokenizer.specials
     )
@@ -291,6 +313,12 @@ def estimate_lines(recipe: Recipe, rates: Rates, needs: Cost) -> Sequence[str]:
         f"{bytes_text(rates.encode_bytes_per_second)}/s at {rates.text_bytes_per_token:.2f} "
         f"bytes per token, chunks {tokens_text(rates.chunk_tokens_per_second)} tokens/s",
     ]
+    if needs.sampled:
+        looks = ", ".join(f"{name} {count}" for name, count in needs.sampled.items())
+        lines.append(
+            "amounts from the heads of files, decompressed, parsed and encoded; looks into files: "
+            f"{looks}; duplicates are not known before"
+        )
     if needs.from_files:
         lines.append(f"estimated from file sizes, as if plain text: {', '.join(needs.from_files)}")
 

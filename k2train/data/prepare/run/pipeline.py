@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from k2train.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from k2train.data.prepare.encode.encode import changed_sources, sources_identity
+from k2train.data.prepare.allocate.text_flags import seen_texts
 from k2train.data.prepare.encode.fill_in_middle import require_specials
 from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
 from k2train.data.prepare.progress import Progress
@@ -23,7 +23,9 @@ from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.run.executor import LOCK_NAME, exclusive, run_phases
 from k2train.data.prepare.run.publish import TOKENIZER_NAME, damaged, finish, is_data_folder
 from k2train.data.prepare.source import Source
+from k2train.data.prepare.sources.changes import changed_sources, sources_identity
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
+from k2train.data.prepare.sources.recognize import check_formats
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.workspace import (
     CONTEXT_NAME,
@@ -33,14 +35,15 @@ from k2train.data.prepare.workspace import (
     read_json,
 )
 from k2train.data.source_record import SOURCES_NAME, SourceFile, read_sources
+from k2train.data.text_record import TEXTS_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
 
 # Part of the identity of a preparation: increase it when the same recipe would give other bytes.
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 
-OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME}
+OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME, TEXTS_NAME}
 WORK_PARTS = {
     REJECTED_NAME,
     CONTEXT_NAME,
@@ -66,6 +69,8 @@ def prepare(
     an earlier start read other documents (unless `force` is given), and when documents are too few.
     """
     progress = progress or Progress(None)
+    # A mistake in `seen` is told before anything is read or written.
+    seen_texts(recipe)
     before = None if force else _finished(recipe)
     listing = list_sources(recipe)
     if before is not None:
@@ -75,6 +80,8 @@ def prepare(
 
     target = target_of(recipe)
     _check_folders(recipe, target)
+    seen_texts(recipe, verify=True)
+    check_formats(recipe, listing)
     tokenizer = obtain_tokenizer(recipe, listing, progress)
     if any(s.fill_in_the_middle.psm or s.fill_in_the_middle.spm for s in recipe.subsets.values()):
         require_specials(tokenizer)
@@ -182,15 +189,19 @@ def _finished(recipe: Recipe) -> Manifest | None:
         return None
     before = read_manifest(recipe.output)
     facts, version = before.facts, "another version of the preparation"
-    _check_same(before, "another recipe", "recipe_sha256", facts.recipe_sha256, recipe.sha256)
+    # Another version may write the same recipe with other keys.
     _check_same(before, version, "road", facts.road, PREPARATION_VERSION)
+    _check_same(before, "another recipe", "recipe_sha256", facts.recipe_sha256, recipe.sha256)
+    # Older versions recorded them in the order of the recipe.
+    seen, now = sorted(set(facts.seen)), list(seen_texts(recipe))
+    _check_same(before, "other data in `seen`", "seen", seen, now)
     return before
 
 
 def _verify_finished(before: Manifest, recipe: Recipe, listing: Listing) -> None:
     """Raises DataError unless the folder matches recipe and documents, to the last byte of both."""
     if exists_retried(recipe.tokenizer.model):
-        now = Tokenizer.load(recipe.tokenizer.model, recipe.tokenizer.specials).sha256
+        now = recipe.tokenizer.load().sha256
         _check_same(before, "another tokenizer", "tokenizer_sha256", before.tokenizer_sha256, now)
 
     if broken := damaged(before):
@@ -248,9 +259,12 @@ def _workspace(
     Removes what other preparations of this output left.
     """
     # The folder is named by everything that decides the bytes.
+    seen = "".join(f" {digest}" for digest in seen_texts(recipe))
     identity = hashlib.sha256(
-        f"{recipe.sha256} {tokenizer.sha256} {PREPARATION_VERSION}".encode()
+        f"{recipe.sha256} {tokenizer.sha256} {PREPARATION_VERSION}{seen}".encode()
     ).hexdigest()[:16]
+    # Tasks may run in another folder.
+    recipe = recipe.model_copy(update={"seen": tuple(path.resolve() for path in recipe.seen)})
 
     folder = recipe.work_folder / identity
     resumes = is_file_retried(folder / CONTEXT_NAME) and not force

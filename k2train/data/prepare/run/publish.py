@@ -17,9 +17,12 @@ import numpy as np
 
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
+from k2train.data.prepare.allocate.text_flags import seen_texts
 from k2train.data.prepare.sources.rejected import REJECTED_NAME, rejected_lines
 from k2train.data.prepare.workspace import HELD_OUT, Workspace, read_json, write_json
+from k2train.data.prepare.write.text_files import merge_texts
 from k2train.data.source_record import SOURCES_NAME
+from k2train.data.text_record import TEXTS_NAME
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
@@ -43,6 +46,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
         workspace, plan["sources"], {name: r["sources"] for name, r in records.items()}
     )
     rejected = _write_rejected(workspace)
+    texts = _write_texts(workspace)
     tokenizer = workspace.tokenizer
     with AtomicFile(target / TOKENIZER_NAME) as stream:
         stream.write(tokenizer.model)
@@ -55,7 +59,10 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
         "listing_sha256": workspace.listing_sha256,
         "sources_sha256": sources,
         "rejected_sha256": rejected,
-        "tokenizer": {"file": TOKENIZER_NAME, "specials": list(tokenizer.specials)},
+        "texts": texts,
+        # A plan of an older version does not say what it left out.
+        "seen": plan["seen"] if "seen" in plan else list(seen_texts(recipe)),
+        "tokenizer": {"file": TOKENIZER_NAME, **tokenizer.facts},
         "road": version,
         "python": platform.python_version(),
         "seed": recipe.seed,
@@ -67,7 +74,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
     }
 
     chunks = [info for info in (*infos.values(), held_out) if info is not None]
-    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME})
+    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME, TEXTS_NAME})
     # The manifest is last: it makes the folder a data folder.
     write_manifest(
         target,
@@ -98,7 +105,8 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
         HELD_OUT: [name for name in bits if name == HELD_OUT],
     }
 
-    split = _split_sources(workspace)
+    shares, text_shares = (_split_sources(workspace, by) for by in ("document", "text"))
+    split = shares | text_shares
     content: dict[str, Any] = {}
     for group, names in groups.items():
         used_bits = (
@@ -110,7 +118,7 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
             key for key, bit in zip(keys, used_bits, strict=True) if bit and key not in split
         )
 
-    content["shares"] = split
+    content["shares"], content["text_shares"] = shares, text_shares
     files: dict[str, dict[str, Any]] = {}
     for number in range(len(workspace.tasks)):
         for source in read_json(workspace.encode_record(number))["sources"]:
@@ -121,17 +129,25 @@ def _write_sources(workspace: Workspace, keys: Sequence[str], used: Mapping[str,
     return sha256_file(workspace.target / SOURCES_NAME)
 
 
-def _split_sources(workspace: Workspace) -> dict[str, list[float]]:
-    """Sources of which only a share of the documents may be used, with that share.
+def _split_sources(workspace: Workspace, split_by: str) -> dict[str, list[float]]:
+    """Sources of which only a share of the documents or texts may be used, with that share.
 
     Their names alone do not say what was seen.
     """
     shares: dict[str, list[float]] = {}
     for task in workspace.tasks:
         subset = workspace.recipe.subsets[task.subsets[0]]
-        if subset.split_by == "document":
+        if subset.split_by == split_by:
             shares |= {source.key: list(subset.share) for source in task.sources}
     return dict(sorted(shares.items()))
+
+
+def _write_texts(workspace: Workspace) -> dict[str, Any]:
+    """Write `texts.npy`: the texts of all chunks. Returns its facts."""
+    path = workspace.target / TEXTS_NAME
+    chunks = [workspace.chunk_texts(name) for name in workspace.chunk_names]
+    count = merge_texts(chunks, path)
+    return {"file": path.name, "sha256": sha256_file(path), "count": count}
 
 
 def _write_rejected(workspace: Workspace) -> str:
@@ -189,6 +205,7 @@ def damaged(manifest: Manifest) -> list[str]:
     for name, recorded in (
         (SOURCES_NAME, facts.sources_sha256),
         (REJECTED_NAME, facts.rejected_sha256),
+        (TEXTS_NAME, facts.texts.sha256 if facts.texts else None),
     ):
         if recorded is not None:
             expected[name] = recorded
@@ -206,8 +223,9 @@ def _damaged_tokenizer(manifest: Manifest) -> list[str]:
     recorded = manifest.facts.tokenizer
     if recorded is None:
         return []
+    path = manifest.folder / recorded.file
     try:
-        found = Tokenizer.load(manifest.folder / recorded.file, recorded.specials).sha256
+        found = Tokenizer.load(path, recorded.specials, recorded.prefix).sha256
     except DataError:
         found = ""
     return [] if found == manifest.tokenizer_sha256 else [recorded.file]

@@ -1,6 +1,7 @@
 """Listing of a recipe's sources: the files of each subset, grouped into encode tasks."""
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from k2train.retry import exists_retried, is_folder_retried, stat_retried
 # several workers are busy.
 MIN_TASKS = 32
 MIN_TASK_BYTES = 2**18
+REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""How an address begins: `s3://`, `hf://`, `https://`."""
 
 
 def list_sources(recipe: Recipe) -> dict[str, list[Source]]:
@@ -79,6 +82,8 @@ def _file_sources(subset: SubsetRecipe, origin: str) -> tuple[list[Source], list
 
 def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]:
     """The files that match a pattern, and the problems of the pattern."""
+    if REMOTE.match(pattern):
+        return [], [remote_problem(pattern)]
     literal = Path(pattern)
     paths = [literal] if exists_retried(literal) else matching_paths(pattern)
     folders = {path: None for path in paths if is_folder_retried(path)}
@@ -95,6 +100,11 @@ def _matches(subset: SubsetRecipe, pattern: str) -> tuple[list[Path], list[str]]
             ]
 
     return found, [] if found else [f"{pattern} matches no file, seen from {Path.cwd()}"]
+
+
+def remote_problem(pattern: str) -> str:
+    """The line for a pattern that is an address."""
+    return f"{pattern} is an address; only local paths are read: copy the files, or mount them"
 
 
 def _check_unique_names(listed: dict[str, list[Source]]) -> None:

@@ -6,7 +6,9 @@
 """
 
 import json
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
@@ -26,22 +28,35 @@ def rejected_lines(workspace: Workspace) -> Iterator[bytes]:
                 yield from stream
 
 
-def check_rejected(workspace: Workspace) -> None:
-    """Raises DataError when too large a share of a subset's documents was rejected.
+@dataclass(frozen=True)
+class Broken:
+    """How much of a subset is broken, counted in one unit."""
 
-    Called when all documents were read. The list of all rejections is then left in the work folder.
+    unit: str
+    broken: int
+    whole: int
+
+    @property
+    def share(self) -> float:
+        """Part that is broken, of 1."""
+        return self.broken / self.whole if self.whole else 0.0
+
+
+def check_rejected(workspace: Workspace) -> None:
+    """Raises DataError when too large a share of a subset was rejected.
+
+    The share is taken of documents, of bytes and of files: a damaged archive has few lines, and a
+    thousand empty files few bytes. Called when all documents were read. The list of all rejections
+    is then left in the work folder.
     """
     limit = workspace.recipe.max_rejected_share
-    read, rejected = (
-        dict.fromkeys(workspace.recipe.subsets, 0),
-        dict.fromkeys(workspace.recipe.subsets, 0),
-    )
+    totals = {name: Counter[str]() for name in workspace.recipe.subsets}
     for number in range(len(workspace.tasks)):
         for name, counts in read_json(workspace.encode_record(number))["subsets"].items():
-            read[name] += counts["documents_read"]
-            rejected[name] += counts["rejected"]
+            totals[name].update({key: n for key, n in counts.items() if isinstance(n, int)})
 
-    exceeding = [name for name, count in rejected.items() if count > limit * (count + read[name])]
+    worst = {name: max(_units(total), key=lambda b: b.share) for name, total in totals.items()}
+    exceeding = [name for name, found in worst.items() if found.share > limit]
     if not exceeding:
         return
 
@@ -54,10 +69,21 @@ def check_rejected(workspace: Workspace) -> None:
     examples = _first_of_each(workspace, exceeding)
     raise DataError(
         "\n".join(
-            _message(name, rejected[name], read[name], limit, examples[name], path)
+            _message(name, worst[name], totals[name]["documents_read"], limit, examples[name], path)
             for name in exceeding
         )
     )
+
+
+def _units(total: Mapping[str, int]) -> list[Broken]:
+    """The broken part of a subset, in each unit; documents first, as `max` takes the first."""
+    documents = total["rejected"] + total["documents_read"]
+    size_bytes = total["rejected_bytes"] + total["read_bytes"]
+    return [
+        Broken("documents", total["rejected"], documents),
+        Broken("bytes", total["rejected_bytes"], size_bytes),
+        Broken("files", total["broken_files"], total["files"]),
+    ]
 
 
 def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, str]:
@@ -73,13 +99,13 @@ def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, st
 
 
 def _message(
-    name: str, rejected: int, accepted: int, limit: float, example: str, path: Path
+    name: str, broken: Broken, accepted: int, limit: float, example: str, path: Path
 ) -> str:
     remedy = f"fix the files, or raise max_rejected_share (all are listed in {path})"
     if accepted == 0:
         remedy = f"check kind, text_key and id_key of subsets.{name} (all are listed in {path})"
     return (
-        f"subsets.{name}: {rejected} of {rejected + accepted} documents are "
-        f"broken, a share of {rejected / (rejected + accepted):.4f}, above "
+        f"subsets.{name}: {broken.broken} of {broken.whole} {broken.unit} are "
+        f"broken, a share of {broken.share:.4f}, above "
         f"max_rejected_share ({limit}), the first at {example}; {remedy}"
     )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from k2train.data.document_boundaries import DTYPE as BOUNDARIES_DTYPE
 from k2train.data.npy import header_bytes
 from k2train.data.prepare.workspace import process_suffix
+from k2train.data.provenance_digest import ProvenanceDigest
 from k2train.errors import UserError
 from k2train.files import AtomicFile, sha256_file
 from k2train.retry import list_retried, read_retried
@@ -73,6 +74,7 @@ class Provenance:
         self.folder, self.block_rows, self.sequence_length = folder, block_rows, sequence_length
         self.blocks = -(-rows // block_rows)
         self.boundaries = 0
+        self._digest = ProvenanceDigest()
         for path in list_retried(folder):
             path.unlink()
 
@@ -105,6 +107,11 @@ class Provenance:
 
             start = end
 
+    @property
+    def content_sha256(self) -> str:
+        """Content hash of the provenance that was written."""
+        return self._digest.hexdigest()
+
     def _path(self, number: int, kind: str) -> Path:
         return self.folder / f"{number:05d}.{kind}"
 
@@ -115,7 +122,10 @@ class Provenance:
         sources: Sequence[str],
         boundaries: Path | None = None,
     ) -> tuple[str, str | None]:
-        """Write the Parquet file, and the boundaries if a path is given; returns their sha256."""
+        """Write the Parquet file, and the boundaries if a path is given; returns their sha256.
+
+        `content_sha256` is known afterwards.
+        """
         if boundaries is None:
             with AtomicFile(path, process_suffix()) as stream:
                 self._write_table(stream, subsets, sources, None)
@@ -151,6 +161,7 @@ class Provenance:
                 order = np.lexsort((pieces["start"], pieces["row"]))
                 table = _table(pieces, order, names, subsets, sources)
                 writer.write_table(table, row_group_size=len(pieces))
+                self._digest.add(table)
 
                 if boundaries is not None:
                     pieces = pieces[order]

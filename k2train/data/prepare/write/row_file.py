@@ -8,6 +8,7 @@
   files first; that writes everything twice.
 """
 
+import errno
 import hashlib
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,19 @@ def free_bytes(folder: Path) -> int:
     """Bytes that a user may still write to the file system of a folder."""
     facts = os.statvfs(folder)
     return facts.f_bavail * facts.f_frsize
+
+
+def _allocate(file: int, size_bytes: int) -> None:
+    """Reserve space. Where that is not to be had, a full disk is noticed while writing."""
+    try:
+        os.posix_fallocate(file, 0, size_bytes)
+    # macOS lacks the call; some file systems and C libraries refuse it.
+    except AttributeError:
+        os.ftruncate(file, size_bytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
+            raise
+        os.ftruncate(file, size_bytes)
 
 
 def check_space(folder: Path, name: str, needed_bytes: int) -> None:
@@ -66,11 +80,7 @@ class ChunkFile:
         self._writing: Future[None] | None = None
 
         try:
-            # Where space cannot be preallocated, as on macOS, a full disk is noticed while writing.
-            allocate = getattr(
-                os, "posix_fallocate", lambda file, start, size: os.ftruncate(file, start + size)
-            )
-            allocate(self._file, 0, size_bytes)
+            _allocate(self._file, size_bytes)
             self._write(self.header, 0)
         except BaseException:
             self._close()

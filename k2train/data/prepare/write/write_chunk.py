@@ -1,7 +1,8 @@
 """Chunk task: merge sorted runs into the rows of one chunk, with provenance and boundaries.
 
-- A chunk takes a range of each subset's samples. They are read in the order of the stream and
-  written to the rows that the keyed permutation assigns, into a preallocated file (see `row_file`).
+- A chunk takes the samples of each subset that were dealt to it. They are read in the order of the
+  stream and written to the rows that the keyed permutation assigns, into a preallocated file (see
+  `row_file`).
 - A chunk appears under its name only when it is complete, and its record is written last.
 - Two processes that write the same chunk at once write different files with the same bytes.
 - Alternatives considered: a lock per chunk; locks of a dead machine stay.
@@ -9,20 +10,26 @@
 
 import errno
 import shutil
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from k2train.data.manifest import ChunkInfo, chunk_dtype
-from k2train.data.prepare.allocate.mixture import row_positions
+from k2train.data.prepare.allocate.mixture import count_of, row_positions
 from k2train.data.prepare.allocate.plan_file import HELD_OUT_TEXT, TRAINING, Plan, SubsetPlan
 from k2train.data.prepare.cleanup import remove_leftovers
 from k2train.data.prepare.workspace import HELD_OUT, Workspace, process_suffix, write_json
 from k2train.data.prepare.write.merge_runs import MIN_TOKENS, DocumentBatch, PassReader, Tokens
 from k2train.data.prepare.write.provenance import PIECE, Provenance, piece_bytes, require_pyarrow
 from k2train.data.prepare.write.row_file import ChunkFile, check_space, no_space
+from k2train.data.prepare.write.text_files import write_texts
+from k2train.data.text_record import distinct
 from k2train.errors import DataError
 
 
@@ -41,16 +48,23 @@ class Part:
 
 def parts_of(plan: Plan, subset: SubsetPlan, chunk: str) -> list[Part]:
     """The parts of a subset that a chunk takes, in order; held-out rows use the first pass."""
-    samples = plan.chunks[chunk][subset.name]
-    start, stop = samples.start * plan.sequence_length, samples.stop * plan.sequence_length
-    if chunk == HELD_OUT:
-        return [Part(0, start, stop, 0)] if stop > start else []
     parts: list[Part] = []
     offset = 0
-    for number, first, end in subset.parts(start, stop):
-        parts.append(Part(number, first, end, offset))
-        offset += end - first
+    for samples in plan.chunks[chunk][subset.name]:
+        start, stop = samples.start * plan.sequence_length, samples.stop * plan.sequence_length
+        for number, first, end in (
+            [(0, start, stop)] if chunk == HELD_OUT else subset.parts(start, stop)
+        ):
+            parts.append(Part(number, first, end, offset))
+            offset += end - first
     return parts
+
+
+def _within(parts: Sequence[Part], batch: DocumentBatch) -> Sequence[Part]:
+    """The ascending `parts` that have tokens in a batch."""
+    first = bisect_right(parts, batch.start, key=attrgetter("stop"))
+    end = bisect_left(parts, batch.stop, key=attrgetter("start"))
+    return parts[first:end]
 
 
 def mask_of(chunk: str) -> int:
@@ -90,6 +104,14 @@ def chunk_task(workspace: Workspace, number: int, min_tokens: int = MIN_TOKENS) 
     entries = [
         {"base": "target", "path": file, "bytes": (target / file).stat().st_size} for file in files
     ]
+    texts = workspace.chunk_texts(name)
+    entries.append(
+        {
+            "base": "folder",
+            "path": texts.relative_to(workspace.folder).as_posix(),
+            "bytes": texts.stat().st_size,
+        }
+    )
     write_json(
         workspace.chunk_record(name),
         {"files": entries, "info": info.model_dump(), "sources": sources},
@@ -98,15 +120,15 @@ def chunk_task(workspace: Workspace, number: int, min_tokens: int = MIN_TOKENS) 
 
 def _expected_bytes(plan: Plan, name: str) -> int:
     """Approximate disk space that a chunk needs while it is made."""
-    rows = sum(len(samples) for samples in plan.chunks[name].values())
+    rows = sum(map(count_of, plan.chunks[name].values()))
     # About one piece per row, and one per document.
     pieces = rows
     for subset in plan.subsets:
         for part in parts_of(plan, subset, name):
             source = subset.passes[part.number]
-            first, end = source.bucket_range(mask_of(name), part.start, part.stop)
-            documents = source.documents_before(mask_of(name))
-            pieces += int(documents[end] - documents[first])
+            tokens = max(1, int(source.tokens_before(mask_of(name))[-1]))
+            documents = int(source.documents_before(mask_of(name))[-1])
+            pieces += (part.stop - part.start) * documents // tokens + 1
     token_bytes = np.dtype(chunk_dtype(plan.vocab_size)).itemsize
     return rows * plan.sequence_length * token_bytes + piece_bytes(pieces)
 
@@ -116,24 +138,29 @@ def _write_rows(
 ) -> tuple[ChunkInfo, str]:
     """Write the chunk file and provenance; returns its info and the used sources as hex."""
     samples, length, target = plan.chunks[name], plan.sequence_length, workspace.target
-    rows = sum(map(len, samples.values()))
+    rows = sum(map(count_of, samples.values()))
     row_numbers = row_positions(rows, workspace.recipe.seed, name)
     provenance = Provenance(scratch, rows, plan.block_rows, length)
     ranks = {key: rank for rank, key in enumerate(plan.sources)}
 
     seen = np.zeros(len(plan.sources), dtype=bool)
+    texts = [np.zeros(0, dtype=np.uint64)]
     # Samples are numbered subset after subset; `row_numbers` gives their rows.
     base = 0
     with ChunkFile(target / f"{name}.npy", rows, length, chunk_dtype(plan.vocab_size)) as file:
         for index, subset in enumerate(plan.subsets):
-            count = len(samples[subset.name])
+            count = count_of(samples[subset.name])
             filler = RowFiller(file, provenance, row_numbers[base : base + count], length, index)
-            for part in parts_of(plan, subset, name):
-                source = subset.passes[part.number]
-                reader = PassReader(workspace.folder, source, mask_of(name), ranks, min_tokens)
-                for batch in reader.batches(part.start, part.stop):
-                    largest = filler.add(part, batch, seen)
-                    _check_id(workspace, subset.name, largest, plan.vocab_size)
+            for number, group in groupby(parts_of(plan, subset, name), attrgetter("number")):
+                parts, source = list(group), subset.passes[number]
+                # A later pass has the texts of the first one.
+                reader = PassReader(
+                    workspace.folder, source, mask_of(name), ranks, min_tokens, texts=number == 0
+                )
+                for batch in reader.batches([(part.start, part.stop) for part in parts]):
+                    for part in _within(parts, batch):
+                        largest = filler.add(part, batch, seen, texts)
+                        _check_id(workspace, subset.name, largest, plan.vocab_size)
 
             assert filler.rows == count, (
                 f"{name}: {filler.rows} rows of {subset.name}, {count} were planned"
@@ -141,13 +168,14 @@ def _write_rows(
             base += count
 
         sha256 = file.finish()
+    write_texts(workspace.chunk_texts(name), distinct(np.concatenate(texts)))
 
     info = ChunkInfo(
         name=name,
         file=f"{name}.npy",
         rows=rows,
         tokens=rows * length,
-        tokens_per_subset={s: len(r) * length for s, r in samples.items()},
+        tokens_per_subset={s: count_of(r) * length for s, r in samples.items()},
         sha256=sha256,
     )
 
@@ -170,6 +198,7 @@ def _write_provenance(
         update={
             "provenance": file,
             "provenance_sha256": sha256,
+            "provenance_content_sha256": provenance.content_sha256,
             "borders": borders,
             "borders_sha256": borders_sha256,
         }
@@ -212,22 +241,26 @@ class RowFiller:
         self._tokens = [np.empty(0, dtype=file.dtype), np.empty(0, dtype=file.dtype)]
         self._partial = 0
 
-    def add(self, part: Part, batch: DocumentBatch, seen: npt.NDArray[np.bool_]) -> int:
+    def add(
+        self,
+        part: Part,
+        batch: DocumentBatch,
+        seen: npt.NDArray[np.bool_],
+        texts: list[npt.NDArray[np.uint64]],
+    ) -> int:
         """Pack the tokens of `part` that a batch holds; returns the largest id.
 
-        Marks the sources of the documents in `seen`.
+        Marks the sources of the documents in `seen`, and appends their texts to `texts`.
         """
-        # Documents in tokens of the subset within the chunk.
-        ends = part.offset + batch.start - part.start + np.cumsum(batch.lengths)
-        starts = ends - batch.lengths
-        low, high = part.offset, part.offset + part.stop - part.start
-
         # Documents that overlap the part; the first and the last may be cut.
         first, last = (
-            int(np.searchsorted(ends, low, side="right")),
-            int(np.searchsorted(starts, high)),
+            int(np.searchsorted(batch.ends, part.start, side="right")),
+            int(np.searchsorted(batch.starts, part.stop)),
         )
-        starts, ends = starts[first:last], ends[first:last]
+        # In tokens of the subset within the chunk.
+        shift = part.offset - part.start
+        starts, ends = batch.starts[first:last] + shift, batch.ends[first:last] + shift
+        low, high = part.offset, part.stop + shift
         tokens = batch.tokens[first:last]
         tokens[-1] = tokens[-1][: high - int(starts[-1])]
         tokens[0] = tokens[0][max(0, low - int(starts[0])) :]
@@ -251,6 +284,8 @@ class RowFiller:
 
         self._add_pieces(part, batch, slice(first, last), starts, (low, high))
         seen[batch.sources[first:last]] = True
+        if batch.texts is not None:
+            texts.append(batch.texts[first:last])
 
         return largest
 

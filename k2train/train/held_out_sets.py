@@ -1,0 +1,131 @@
+"""Held-out sets of a run: which rows are scored, by which subset, and what their loss is.
+
+- Chosen by the config, checked before torch is imported.
+- A number is the sum over the targets of all scored rows, added in fp64, divided by their count.
+  It depends on the weights and the rows alone: not on batch, micro-batch or layout.
+- A row belongs to a subset by its provenance, which needs pyarrow. Without it only the total is
+  known, and the reason is told.
+
+Alternatives considered:
+- Scoring each subset as a set of its own: the rows would be read and evaluated twice.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from k2train.checkpoint.run_facts import HeldOutFacts, SubsetLoss
+from k2train.config.load import Config
+from k2train.data.chunk import check_files
+from k2train.data.held_out import OWN, HeldOutSet
+from k2train.data.inspect.provenance import subset_of_rows
+from k2train.data.manifest import Manifest, read_manifest, require_borders
+from k2train.errors import DataError, UnavailableError, UserError
+
+
+def held_out_limit(config: Config) -> int | None:
+    """Return how many of its first rows are scored of each set; None for all."""
+    data = config.data
+    if data.held_out_batches is not None:
+        return data.held_out_batches * config.batch.global_sequences
+    return data.held_out_rows
+
+
+def held_out_sets(config: Config, manifest: Manifest) -> tuple[HeldOutSet, ...]:
+    """Return the sets that a run scores: of its own data, then those that the config names.
+
+    Raises DataError when one of the latter cannot be read, or does not fit the run.
+    """
+    limit = held_out_limit(config)
+    if limit == 0:
+        return ()
+    own = [HeldOutSet.of(OWN, manifest, limit)] if manifest.held_out else []
+    named = (
+        _named_set(config, manifest, name, path, limit)
+        for name, path in config.data.held_out_sets.items()
+    )
+    return (*own, *named)
+
+
+def _named_set(
+    config: Config, manifest: Manifest, name: str, path: str, limit: int | None
+) -> HeldOutSet:
+    key = f"data.held_out_sets.{name}"
+    try:
+        other = read_manifest(path)
+    except DataError as error:
+        raise DataError(f"{key}: {str(error).removeprefix('data.manifest: ')}") from None
+
+    if other.tokenizer_sha256 != manifest.tokenizer_sha256:
+        raise DataError(
+            f"{key}: {other.path} was made with tokenizer {other.tokenizer_sha256[:12]}, the "
+            f"training data with {manifest.tokenizer_sha256[:12]}; prepare it with the same one"
+        )
+    if other.sequence_length != manifest.sequence_length:
+        raise DataError(
+            f"{key}: the rows of {other.path} have {other.sequence_length} tokens, those of the "
+            f"training data {manifest.sequence_length} (data.sequence_length); prepare it with the "
+            "same length"
+        )
+    if other.vocab_size > config.model.vocab_size:
+        raise DataError(
+            f"{key}: the vocabulary of {other.path} has {other.vocab_size} ids, model.vocab_size "
+            f"is {config.model.vocab_size}: raise it"
+        )
+
+    found = HeldOutSet.of(name, other, limit)
+    names = [info.name for info, _ in found.scored()]
+    if config.data.cross_documents == "block":
+        require_borders(other, names)
+    check_files(other, names)
+    return found
+
+
+def row_subsets(
+    held_out: HeldOutSet, progress: Callable[[], None] | None = None
+) -> tuple[list[str], str]:
+    """Return the subset of each scored row, or none and the reason.
+
+    Never raises for a file: the total is known without it. `progress` is called as one is hashed.
+    """
+    try:
+        parts = [
+            subset_of_rows(held_out.manifest, info, count, progress)
+            for info, count in held_out.scored()
+        ]
+    except (UserError, UnavailableError, OSError) as error:
+        return [], str(error)
+    return [subset for part in parts for subset in part], ""
+
+
+def held_out_facts(
+    held_out: HeldOutSet, losses: Sequence[float], subsets: Sequence[str]
+) -> HeldOutFacts:
+    """Return the score of a set: `losses` are the summed losses of its rows, in nats.
+
+    `subsets` are those of the rows; empty if not known.
+    """
+    assert len(losses) == held_out.rows, f"{len(losses)} rows, {held_out.rows} are scored"
+    targets = held_out.manifest.sequence_length - 1
+
+    by_subset: dict[str, list[float]] = {}
+    for name, loss in zip(subsets, losses, strict=False):
+        by_subset.setdefault(name, []).append(loss)
+
+    return HeldOutFacts(
+        name=held_out.name,
+        loss=_mean(losses, targets),
+        rows=held_out.rows,
+        rows_left_out=held_out.total_rows - held_out.rows,
+        targets=held_out.targets,
+        subsets=tuple(
+            SubsetLoss(name=name, loss=_mean(part, targets), rows=len(part))
+            for name, part in sorted(by_subset.items())
+        ),
+    )
+
+
+def _mean(losses: Sequence[float], targets: int) -> float:
+    """Mean loss of a target, in nats; `targets` are those of one row."""
+    # `fsum` is exact, and refuses to add what is not finite.
+    total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
+    return total / (len(losses) * targets)

@@ -1,0 +1,130 @@
+"""One rank of a run, from its start to its exit code: built as its facts become known.
+
+- Memory is checked first, then the ranks meet, choose a checkpoint, open the record, and build
+  model, batches and checkpoints.
+- Nothing is built before what it depends on, so no part has to be told of another one later.
+"""
+
+import torch
+
+from k2train import fault_injection
+from k2train.errors import EXIT_DONE
+from k2train.guard.stop_signals import StopRequest, run_hearing
+from k2train.launch.environment import Launch, ranks_of_machine
+from k2train.parallel.grid import (
+    ProcessGrid,
+    choose_device,
+    start_process_group,
+    stop_process_group,
+)
+from k2train.record.events import (
+    Failed,
+)
+from k2train.run_lock.lock import RunLock
+from k2train.train.batches import BatchSource
+from k2train.train.checkpointing import CheckpointManager
+from k2train.train.choose import choose_checkpoint
+from k2train.train.engine import Engine
+from k2train.train.host_memory import keep_freed_memory, startup_objects_frozen
+from k2train.train.machine import FreeMemory, free_memory
+from k2train.train.memory_check import check_memory
+from k2train.train.monitor import RunMonitor
+from k2train.train.precision import decide_precision
+from k2train.train.preflight import Start
+from k2train.train.shutdown import OpenRun
+from k2train.train.start_record import (
+    log_finished,
+    log_start,
+    log_starting,
+    open_run_logger,
+)
+from k2train.train.trainer import Trainer
+
+
+def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
+    """Run the stage on this rank and return the exit code; collective.
+
+    `lock` is the lock of the run directory, which rank 0 holds.
+    """
+    device = choose_device(launch)
+    if device.type == "cuda":
+        # Here, because each thread has a current device of its own, and this one computes.
+        torch.cuda.set_device(device)
+    _check_memory(launch, start, device)
+    memory = keep_freed_memory(device.type)
+    if launch.world_size == 1:
+        start_process_group(launch, device)
+    else:
+        # A rank that waits for a missing one hears signals, too.
+        run_hearing(lambda: start_process_group(launch, device))
+    grid = ProcessGrid(start.layout, launch.rank, device)
+
+    monitor = RunMonitor(start.setup, grid, start.directory, stop)
+    with OpenRun(grid, monitor) as run:
+        trainer = build(start, run, lock, verify=launch.local_rank == 0, memory=memory)
+        with startup_objects_frozen():
+            run.code = EXIT_DONE if trainer is None else trainer.run()
+        monitor.phase("done", run.state.step)
+        fault_injection.point("end")
+
+    stop_process_group()
+    monitor.close()
+    return run.code
+
+
+def _check_memory(launch: Launch, start: Start, device: torch.device) -> None:
+    """Raise an error where the plan does not fit: one rank looks at a host, each at its device."""
+    if device.type != "cpu":
+        free, total = torch.cuda.mem_get_info(device)
+        limits = [FreeMemory(free, total, f"free on {device}", shared=False)]
+        check_memory(start.setup, [launch.rank], device.type, limits)
+    elif launch.local_rank == 0:
+        check_memory(start.setup, ranks_of_machine(launch), device.type, free_memory())
+
+
+def build(
+    start: Start,
+    run: OpenRun,
+    lock: RunLock | None = None,
+    verify: bool = True,
+    memory: str = "malloc: default settings",
+) -> Trainer | None:
+    """Build a run in the order in which its facts become known; None if nothing is left to do.
+
+    Collective. With `verify` this rank verifies chunks for its machine; `memory` describes the
+    malloc settings.
+    """
+    grid, monitor = run.grid, run.monitor
+    start = decide_precision(start, grid)
+    # A fresh start has no run directory yet; its watchdog starts after the record is open.
+    if start.candidates:
+        monitor.begin()
+        monitor.phase("choose", 0)
+    chosen = choose_checkpoint(start, grid, monitor.watchdog.progress)
+    if chosen.path is not None and chosen.finishes(start.order):
+        log_finished(start, grid, chosen.path)
+        return None
+
+    logger = open_run_logger(start, run, lock, memory)
+    monitor.begin(logger.attempt)
+    # A killed start could not record its end; its failure report does.
+    if (end := monitor.previous_end) is not None and not logger.has_end_of(end.attempt):
+        logger.event(Failed(attempt=end.attempt, problem=end.line))
+    # Recorded before anything that may fail, so that a failing start counts as a start.
+    log_starting(logger, chosen.step)
+    monitor.phase("load", chosen.step)
+
+    # Initial weights are drawn only if no checkpoint overwrites them.
+    engine = Engine(start.setup, grid, fill=chosen.path is None and start.parent is None)
+    monitor.attach(engine)
+    log_start(logger, start, engine, chosen)
+
+    checkpoints = CheckpointManager(start, engine, monitor, logger, lock)
+    run.writer = checkpoints.writer
+    run.batches = BatchSource(start, grid, verify)
+    run.batches.report_to(monitor.watchdog.progress)
+    run.batches.message = logger.info
+    run.batches.read_subsets(monitor.watchdog.progress)
+    trainer = Trainer(start, engine, run.batches, checkpoints, run)
+    trainer.restore(chosen)
+    return trainer

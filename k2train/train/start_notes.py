@@ -1,0 +1,60 @@
+"""Notes on settings that are legal and absurd here: emulated bf16, evaluations that take too long.
+
+- A start logs them, and `--explain` and the plan tool show them before one. Each names the numbers
+  and the setting that is better.
+
+Alternatives considered:
+- Refusing such settings: a test or a comparison may want them.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+
+from k2train.config.load import Config
+from k2train.data.held_out import HeldOutSet
+from k2train.data.order import ChunkOrder
+from k2train.train.machine import cpu_has_bf16, has_accelerator
+
+FORWARDS_A_STEP = {"none": 3, "selective": 3, "full": 4}
+"""Forwards that a step of a batch takes: a backward is two, full recomputation one more."""
+SMALL_SHARE = 0.1
+"""Share of the training time that an evaluation with the proposed setting takes."""
+
+
+def bf16_note(config: Config, on_cpu: bool | None = None) -> str:
+    """Say that this CPU emulates bf16; "" where it does not, or an accelerator computes.
+
+    `on_cpu`: whether the run computes on the CPU; None: unknown yet.
+    """
+    if config.precision != "bf16" or cpu_has_bf16() is not False:
+        return ""
+    if on_cpu is None and not has_accelerator():
+        return (
+            "precision bf16: no accelerator is seen here, and this CPU has no bf16 instructions "
+            "and emulates them, several times slower than fp32; on it set precision=fp32"
+        )
+    if not on_cpu:
+        return ""
+    return (
+        "precision bf16 is emulated: this CPU has no bf16 instructions (avx512_bf16, amx_bf16), "
+        "and is several times faster with precision=fp32"
+    )
+
+
+def evaluation_note(config: Config, held_out: Sequence[HeldOutSet], order: ChunkOrder) -> str:
+    """Say that an evaluation takes longer than the training between two of them; "" if not."""
+    batch, every = config.batch.global_sequences, config.checkpoint.every_chunks
+    rows = sum(part.rows for part in held_out)
+    steps = order.total_steps / ceil(len(order.names) / every)
+    forwards = FORWARDS_A_STEP[config.kernels.recompute]
+    if rows <= steps * forwards * batch:
+        return ""
+
+    fewer = max(1, int(SMALL_SHARE * steps * forwards * batch / len(held_out)))
+    sets = "" if len(held_out) == 1 else f" of {len(held_out)} sets"
+    return (
+        f"the held-out loss takes longer than the training: {rows:,} rows{sets} cost as much as "
+        f"{rows / batch / forwards:.0f} steps, after every {steps:.0f} steps; "
+        f"data.held_out_rows={fewer} makes that {fewer * len(held_out) / batch / forwards:.1f} "
+        "steps, checkpoint.every_chunks makes it rarer"
+    )

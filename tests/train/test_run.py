@@ -1,0 +1,42 @@
+"""One rank of a run: what its own thread must do before the others are met."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from k2train.guard.stop_signals import StopRequest
+from k2train.launch.environment import Launch
+from k2train.train import run
+
+
+class _MetError(Exception):
+    """The ranks would meet now."""
+
+
+def test_the_thread_that_computes_has_the_ranks_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a device that is set in the thread that waits for the other ranks: each thread has
+    its own, and streams and kernels of this one would be those of device 0.
+    """
+    found: list[tuple[torch.device, threading.Thread]] = []
+
+    def met(*arguments: Any) -> None:
+        raise _MetError
+
+    monkeypatch.setattr(run, "choose_device", lambda launch: torch.device("cuda", 1))
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda device: found.append((device, threading.current_thread())),
+    )
+    monkeypatch.setattr(run, "_check_memory", lambda *arguments: None)
+    monkeypatch.setattr(run, "keep_freed_memory", lambda kind: "")
+    monkeypatch.setattr(run, "run_hearing", met)
+    start: Any = None
+    with pytest.raises(_MetError):
+        run.train(Launch(1, 2, 1, launched=True), start, StopRequest(), None)
+    assert found == [(torch.device("cuda", 1), threading.main_thread())]
