@@ -10,7 +10,9 @@ import pytest
 from tests.support.command_line import HANG_SECONDS, TOOLS, load_tool
 
 NAMES = sorted(
-    path.stem for path in TOOLS.glob("*.py") if path.stem not in ("command_line", "mutations")
+    path.stem
+    for path in TOOLS.glob("*.py")
+    if path.stem not in ("command_line", "mutation_places", "mutations")
 )
 
 
