@@ -12,13 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.command_line import TOOLS, load_tool
+from tests.support.command_line import TOOL_NAMES, load_tool
 
-TOOL_NAMES = sorted(
-    path.stem
-    for path in TOOLS.glob("*.py")
-    if path.stem not in ("command_line", "mutation_places", "mutations")
-)
 MODULES = ("k2train.launch", "k2train.train")
 COMMANDS = (*MODULES, *TOOL_NAMES)
 NEED_NOTHING = {
@@ -30,6 +25,7 @@ NEED_NOTHING = {
     "config_reference",
     "fault_run",
     "mutation_check",
+    "mutation_draw",
 }
 """Commands that do their usual work without arguments."""
 

@@ -11,6 +11,12 @@ from types import ModuleType
 HANG_SECONDS = 120.0
 """Longer than anything takes that does not hang, also on a busy machine; says nothing of speed."""
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+TOOL_NAMES = sorted(
+    path.stem
+    for path in TOOLS.glob("*.py")
+    if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
+)
+"""Tools that are commands; the other modules belong to them."""
 
 
 def load_tool(name: str) -> ModuleType:

@@ -5,24 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.support.command_line import HANG_SECONDS, TOOLS, load_tool
-
-NAMES = sorted(
-    path.stem
-    for path in TOOLS.glob("*.py")
-    if path.stem not in ("command_line", "mutation_places", "mutations")
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_option_that_is_none_is_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a tool with a parser of its own: usage, then the sentence."""
-    with pytest.raises(SystemExit) as end:
-        load_tool(name).main(["--no-such-option"])
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and error.count("\n") == 1 and error.endswith("; see --help\n")
+from tests.support.command_line import HANG_SECONDS, TOOLS
 
 
 def test_a_tool_uses_its_own_checkout(tmp_path: Path) -> None:
