@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
@@ -53,11 +52,10 @@ from k2train.launch.supervisor import Supervisor
 from k2train.processes import start_ticks
 from k2train.record.events import Stopped
 from k2train.record.ledger import read_ledger
-from tests.support.command_line import HANG_SECONDS, hear_signals, soon
+from tests.support.command_line import HANG_SECONDS, soon
 from tests.support.tiny_corpus import (
-    ROOT,
+    cold_start,
     config_tree,
-    environment,
     kill_all,
     make_corpus,
     write_yaml,
@@ -136,15 +134,7 @@ def launch(
     start: Sequence[str] = ("-m", "k2train.launch"),
     **variables: str,
 ) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(
-        [sys.executable, *start, *options, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(**variables),
-        cwd=ROOT,
-        preexec_fn=hear_signals,
-    )
+    process = cold_start([*start, *options, *arguments], **variables)
     STARTED.append(process)
     return process
 

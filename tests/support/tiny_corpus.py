@@ -30,6 +30,7 @@ from k2train.train.run import build
 from k2train.train.shutdown import OpenRun
 from k2train.train.trainer import Trainer
 from tests.support import forkserver
+from tests.support.command_line import hear_signals
 from tests.support.tiny_model import TINY, grid_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +146,21 @@ def cold_train(
         timeout=forkserver.PATIENCE_SECONDS,
         env=environment(**variables),
         cwd=ROOT,
+    )
+
+
+def cold_start(
+    arguments: Sequence[Any], stderr: int = subprocess.STDOUT, **variables: str
+) -> "subprocess.Popen[str]":
+    """Start a new interpreter that hears signals; the caller ends it with `kill_all` or waits."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env=environment(**variables),
+        cwd=ROOT,
+        preexec_fn=hear_signals,
     )
 
 

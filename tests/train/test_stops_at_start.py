@@ -18,9 +18,10 @@ import pytest
 
 from k2train.record.events import Failed, Stopped
 from k2train.record.ledger import read_ledger
-from tests.support.command_line import HANG_SECONDS, hear_signals, soon
+from tests.support.command_line import HANG_SECONDS, soon
 from tests.support.tiny_corpus import (
     ROOT,
+    cold_start,
     config_tree,
     environment,
     kill_all,
@@ -73,15 +74,7 @@ def stuck_at(
     mark.unlink(missing_ok=True)
     script = base / "stuck.py"
     script.write_text(STUCK.format(root=str(ROOT), call=call, mark=str(mark)))
-    process = subprocess.Popen(
-        [sys.executable, *launcher, str(script), str(config_of(base))],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**variables),
-        cwd=ROOT,
-        preexec_fn=hear_signals,
-    )
+    process = cold_start([*launcher, script, config_of(base)], subprocess.PIPE, **variables)
     STARTED.append(process)
     deadline = time.monotonic() + HANG_SECONDS
     while not mark.exists():
@@ -238,15 +231,7 @@ def test_a_rank_that_dies_is_no_request(tmp_path: Path, call: str, recorded: boo
     assert train(path, "run.stop_after_steps=1", processes=2).returncode == 75
     script = tmp_path / "killed.py"
     script.write_text(KILLED.format(root=str(ROOT), call=call))
-    process = subprocess.Popen(
-        [sys.executable, *LAUNCHER, str(script), str(path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-        cwd=ROOT,
-        preexec_fn=hear_signals,
-    )
+    process = cold_start([*LAUNCHER, script, path])
     STARTED.append(process)
     output, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 1, output
@@ -294,15 +279,7 @@ def test_a_node_that_fails_ends_no_other_on_request(tmp_path: Path, number: int,
         options = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1"]
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", where, "--rdzv-id", "a"]
         options += ["--rdzv-conf", f"is_host={host}", str(script), str(path)]
-        node = subprocess.Popen(
-            [sys.executable, "-m", "k2train.launch", *options],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-            cwd=ROOT,
-            preexec_fn=hear_signals,
-        )
+        node = cold_start(["-m", "k2train.launch", *options])
         nodes.append(node)
         STARTED.append(node)
 
@@ -337,14 +314,11 @@ def test_while_another_rank_is_missing(tmp_path: Path, number: int, code: int) -
         "from k2train.train.__main__ import main\n"
         "sys.exit(main())\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, config_of(tmp_path), "batch.micro_sequences=3"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**launched, **meeting),
-        cwd=ROOT,
-        preexec_fn=hear_signals,
+    process = cold_start(
+        ["-c", script, config_of(tmp_path), "batch.micro_sequences=3"],
+        subprocess.PIPE,
+        **launched,
+        **meeting,
     )
     STARTED.append(process)
     deadline = time.monotonic() + HANG_SECONDS

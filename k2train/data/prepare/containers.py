@@ -22,7 +22,10 @@ from typing import Any, Protocol
 from k2train.errors import DataError, UserError
 
 MAX_INFLATED_BYTES = 2**22
-"""Limit of one decompressed block; repetitive text is compressed a thousandfold."""
+"""Limit of a decompressed block of gzip, bzip2 and xz: text may be compressed a thousandfold.
+
+The library of zstd has no such limit: there a block of the file is inflated at once.
+"""
 MAX_ZSTD_WINDOW = 2**31
 MAGIC_BYTES = 10
 """Bytes at the start of a file that suffice to tell a compression."""
@@ -57,19 +60,26 @@ class Compression:
     padding: bool = False
 
 
-class _Zlib:
-    """One member of a gzip file."""
+class _Member:
+    """What the libraries' decompressors of one member have in common."""
 
-    def __init__(self) -> None:
-        self._member = zlib.decompressobj(wbits=31)
+    def __init__(self, member: Any) -> None:
+        self._member = member
 
     @property
     def eof(self) -> bool:
-        return self._member.eof
+        return bool(self._member.eof)
 
     @property
     def unused_data(self) -> bytes:
-        return self._member.unused_data
+        return bytes(self._member.unused_data)
+
+
+class _Zlib(_Member):
+    """One member of a gzip file."""
+
+    def __init__(self) -> None:
+        super().__init__(zlib.decompressobj(wbits=31))
 
     def pieces(self, block: bytes) -> Iterator[bytes]:
         while block:
@@ -77,19 +87,8 @@ class _Zlib:
             block = b"" if self._member.eof else self._member.unconsumed_tail
 
 
-class _Buffered:
+class _Buffered(_Member):
     """One stream of a bzip2 or xz file; the two classes of the standard library behave alike."""
-
-    def __init__(self, member: bz2.BZ2Decompressor | lzma.LZMADecompressor) -> None:
-        self._member = member
-
-    @property
-    def eof(self) -> bool:
-        return self._member.eof
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._member.unused_data
 
     def pieces(self, block: bytes) -> Iterator[bytes]:
         yield self._member.decompress(block, MAX_INFLATED_BYTES)
@@ -97,7 +96,7 @@ class _Buffered:
             yield self._member.decompress(b"", MAX_INFLATED_BYTES)
 
 
-class _Zstd:
+class _Zstd(_Member):
     """One frame of a zstd file."""
 
     def __init__(self) -> None:
@@ -105,22 +104,13 @@ class _Zstd:
             import zstandard
         except ImportError:
             raise UserError("reading .zst needs zstandard: pip install 'k2train[data]'") from None
-        self._frame: Any = zstandard.ZstdDecompressor(
-            max_window_size=MAX_ZSTD_WINDOW
-        ).decompressobj()
+        frames = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+        super().__init__(frames.decompressobj())
         self._error = zstandard.ZstdError
-
-    @property
-    def eof(self) -> bool:
-        return bool(self._frame.eof)
-
-    @property
-    def unused_data(self) -> bytes:
-        return bytes(self._frame.unused_data)
 
     def pieces(self, block: bytes) -> Iterator[bytes]:
         try:
-            yield self._frame.decompress(block)
+            yield self._member.decompress(block)
         except self._error as error:
             raise ValueError(str(error)) from None
 

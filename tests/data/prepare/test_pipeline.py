@@ -162,6 +162,15 @@ def documents_in(
     return found
 
 
+def texts_of_both_sides(manifest: Manifest) -> list[set[int]]:
+    """Texts trained on, and held out, of 300 lines that have each text twice, back to back."""
+    sides = []
+    for names in ([info.name for info in manifest.chunks], ["held_out"]):
+        numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
+        sides.append({min(number, 299 - number) for number in numbers})
+    return sides
+
+
 def test_every_token_is_that_of_the_document_named_for_it(made: Manifest) -> None:
     """Catches wrong provenance, a token lost or doubled in a document, and truncation by FIM."""
     check_files(made)
@@ -702,11 +711,7 @@ def test_equal_texts_are_on_one_side(corpus: Path, tmp_path: Path) -> None:
     done = prepare(write_recipe(tmp_path / "r.yaml", json.loads(json.dumps(tree))))
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "out")
-    sides = []
-    for names in ([info.name for info in manifest.chunks], ["held_out"]):
-        numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
-        sides.append({min(number, 299 - number) for number in numbers})
-
+    sides = texts_of_both_sides(manifest)
     assert len(sides[0]) > 50 and len(sides[1]) > 15 and sides[0].isdisjoint(sides[1])
     tree["subsets"]["two"]["drop_duplicates"] = False
     with pytest.raises(ConfigError, match="could be held out, and trained on in the other"):
@@ -886,11 +891,7 @@ def test_a_text_under_many_names_is_on_one_side(corpus: Path, tmp_path: Path) ->
     done = prepare(write_recipe(tmp_path / "r.yaml", tree))
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "out")
-    sides = []
-    for names in ([info.name for info in manifest.chunks], ["held_out"]):
-        numbers = {int(key[2]) - 1 for key in documents_in(manifest, names)}
-        sides.append({min(number, 299 - number) for number in numbers})
-
+    sides = texts_of_both_sides(manifest)
     assert len(sides[0]) > 80 and len(sides[1]) > 20 and sides[0].isdisjoint(sides[1])
     # Both lines of a text, in both subsets: of the 150 texts, those that only `mirror` holds out.
     copies = (manifest.facts.account or {})["web"]["held_out_copy_documents"]
