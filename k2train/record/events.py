@@ -1,72 +1,20 @@
 """Typed events of the run ledger: one frozen dataclass for each event, written and read here alone.
 
 - The fields of a class are the keys of its line, in their order on disk.
-- A field that defaults to None is left out of the line when it is None: it was not set, or the
-  ledger is older than the key. Any other None is written as null.
 - An event or a key that this code does not know is kept: the ledger may be newer.
 - A value of another type than its field is refused, so readers need no checks of their own.
 
 Alternatives considered:
 - Dictionaries: writer and readers then agree by the spelling of keys alone.
-- pydantic: its strict mode refuses lists for tuples, its lax mode rewrites values.
 """
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, dataclass_transform, get_args, get_origin
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
-from k2train.record.held_out import SetScore, SubsetScore
-from k2train.record.jsonl import NON_FINITE
-
-EVENTS: dict[str, type["Event"]] = {}
-"""Class of every event, by its name in the ledger."""
-WRITE_NULL = {"null": True}
-"""Metadata of a field that is written as null, although older ledgers lack it."""
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """Base of all events, frozen dataclasses; `extra` holds keys that only a newer ledger has."""
-
-    _name: ClassVar[str]
-    extra: dict[str, Any] = field(default_factory=dict)
-
-    def __init_subclass__(cls, name: str = "") -> None:
-        dataclass(frozen=True, kw_only=True)(cls)
-        if name:
-            cls._name = name
-            EVENTS[name] = cls
-
-    @property
-    def name(self) -> str:
-        """Name of the event in the ledger."""
-        return self._name
-
-    def row(self) -> dict[str, Any]:
-        """Return the event's part of its line."""
-        values, extra = asdict(self), self.extra
-        kept = [
-            key.name
-            for key in fields(self)[1:]
-            if values[key.name] is not None or key.default is MISSING or key.metadata
-        ]
-        return {"event": self.name, **{key: values[key] for key in kept}, **extra}
-
-
-class UnknownEvent(Event):
-    """Event of a newer version; `extra` holds all its keys."""
-
-    unknown: str
-
-    @property
-    def name(self) -> str:
-        return self.unknown
-
-    def row(self) -> dict[str, Any]:
-        return {"event": self.unknown, **self.extra}
+from k2train.record.event import EVENTS, WRITE_NULL, Event, UnknownEvent
+from k2train.record.held_out import SetScore
+from k2train.record.json_fields import field_value, field_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,8 +294,6 @@ class Entry:
 
 
 E = TypeVar("E", bound=Event)
-NESTED = (Takeover, SetScore, SubsetScore)
-"""Kinds of the objects inside events."""
 
 
 def of_kind(entries: Iterable[Entry], kind: type[E]) -> list[E]:
@@ -362,7 +308,7 @@ def parse_entry(row: Mapping[str, Any]) -> Entry:
     """
     facts = dict(row)
     seq, time, previous, name = (
-        _value(kind, facts.pop(key), key)
+        field_value(kind, facts.pop(key), key)
         for key, kind in (("seq", int), ("time", str), ("previous", str), ("event", str))
     )
     kind = EVENTS.get(name)
@@ -371,41 +317,4 @@ def parse_entry(row: Mapping[str, Any]) -> Entry:
 
     known = {key.name for key in fields(kind)} - {"extra"}
     extra = {key: facts.pop(key) for key in [*facts] if key not in known}
-    return Entry(seq, time, previous, kind(**_values(kind, facts), extra=extra))
-
-
-def _values(kind: Any, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a dataclass's fields. Raises ValueError for one that is missing or of no use."""
-    required = [key.name for key in fields(kind) if key.default is key.default_factory is MISSING]
-    if missing := [key for key in required if key not in facts]:
-        raise ValueError(f"has no {', '.join(missing)}")
-    return {
-        key.name: _value(key.type, facts[key.name], key.name)
-        for key in fields(kind)
-        if key.name in facts
-    }
-
-
-def _value(kind: Any, value: Any, key: str) -> Any:
-    """Return a JSON value as a field of type `kind`. Raises ValueError for another type."""
-    if isinstance(kind, UnionType):
-        for option in get_args(kind):
-            with suppress(ValueError):
-                return _value(option, value, key)
-    elif get_origin(kind) is tuple and type(value) is list:
-        of, *more = get_args(kind)
-        if more == [...] or len(value) == 1 + len(more):
-            return tuple(_value(of, item, key) for item in value)
-    elif kind in NESTED and type(value) is dict:
-        return kind(**_values(kind, value))
-    elif kind is float and type(value) is str and value in NON_FINITE:
-        return NON_FINITE[value]
-    elif type(value) is int:
-        # Counts, steps and tokens; larger numbers would overflow in their readers.
-        if kind in (int, float) and 0 <= value < 2**63:
-            return value
-    elif type(value) is (get_origin(kind) or kind):
-        return value
-
-    shown = type(value).__name__ if isinstance(value, dict | list) else f"{value!r:.60}"
-    raise ValueError(f"has {shown} as {key}")
+    return Entry(seq, time, previous, kind(**field_values(kind, facts), extra=extra))

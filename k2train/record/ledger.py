@@ -25,7 +25,8 @@ from typing import Any
 
 from k2train.errors import RunError
 from k2train.fault_injection import point
-from k2train.record.events import E, Entry, Event, Faults, of_kind, parse_entry
+from k2train.record.event import Event
+from k2train.record.events import E, Entry, Faults, of_kind, parse_entry
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
 from k2train.record.ledger_head import LedgerHead, remedy, write_head
 from k2train.record.line_check import CHECK_KEY, checked_rows, with_check

@@ -34,12 +34,12 @@ from k2train.guard.failure_history import read_history
 from k2train.guard.stop_signals import StopRequest
 from k2train.parallel.device_digest import StateRoot
 from k2train.record.console import Console
+from k2train.record.event import Event
 from k2train.record.events import (
     CheckpointDamaged,
     CheckpointRemoved,
     CheckpointSaved,
     CheckpointVerified,
-    Event,
     Failed,
     Finished,
     Resumed,

@@ -13,13 +13,8 @@ from k2train.checkpoint.manifest import (
 from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.guard.failure_history import FailureHistory
 from k2train.parallel.device_digest import StateRoot
-from k2train.record.events import (
-    Event,
-    Failed,
-    Finished,
-    Stopped,
-    Takeover,
-)
+from k2train.record.event import Event
+from k2train.record.events import Failed, Finished, Stopped, Takeover
 from k2train.record.ledger_head import LedgerHead
 from k2train.record.metrics import (
     StepRecord,

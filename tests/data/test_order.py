@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order, rank_rows
 from k2train.errors import DataError, RunError
-from k2train.record.events import ChunkDeferred, ChunkStarted, UnknownEvent
+from k2train.record.event import UnknownEvent
+from k2train.record.events import ChunkDeferred, ChunkStarted
 from tests.support.events import entries, event
 
 

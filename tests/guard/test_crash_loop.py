@@ -10,10 +10,10 @@ import pytest
 
 from k2train.errors import RunError
 from k2train.guard.crash_loop import attempts_of, check_progress, fruitless_starts
+from k2train.record.event import Event, UnknownEvent
 from k2train.record.events import (
     CheckpointSaved,
     ChunkStarted,
-    Event,
     Failed,
     Finished,
     Resumed,
@@ -21,7 +21,6 @@ from k2train.record.events import (
     Started,
     Starting,
     Stopped,
-    UnknownEvent,
 )
 from k2train.record.metrics import MetricsWriter, StepRecord
 from tests.support.events import entries, event

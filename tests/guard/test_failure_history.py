@@ -17,11 +17,11 @@ from k2train.guard.failure_history import (
     read_history,
     training_times,
 )
+from k2train.record.event import Event
 from k2train.record.events import (
     CheckpointSaved,
     ChunkStarted,
     Entry,
-    Event,
     Failed,
     Finished,
     Resumed,

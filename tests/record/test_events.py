@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 
 from k2train.config.values import PLANNED_POLICIES
 from k2train.errors import RunError
+from k2train.record.event import EVENTS, Event, UnknownEvent
 from k2train.record.events import (
-    EVENTS,
     CheckpointSaved,
-    Event,
     Resumed,
     StageTransition,
     Started,
     Takeover,
-    UnknownEvent,
     of_kind,
     parse_entry,
 )

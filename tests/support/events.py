@@ -4,7 +4,8 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from k2train.record.events import E, Entry, Event
+from k2train.record.event import Event
+from k2train.record.events import E, Entry
 
 
 def event(kind: type[E], **facts: Any) -> E:

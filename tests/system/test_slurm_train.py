@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from k2train.record.events import E, Event, Resumed, Started, Stopped, of_kind
+from k2train.record.event import Event
+from k2train.record.events import E, Resumed, Started, Stopped, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.record.system_info import slurm_job_ended
 from tests.support.command_line import HANG_SECONDS, load_tool

@@ -27,11 +27,11 @@ from k2train.data.order import ChunkOrder
 from k2train.data.prepare.k2_format.import_folder import UNKNOWN_TOKENIZER
 from k2train.data.tokenizer import EOS_ID, Tokenizer
 from k2train.data.tokenizer_training import train_tokenizer
+from k2train.record.event import Event
 from k2train.record.events import (
     CheckpointSaved,
     ChunkDeferred,
     ChunkStarted,
-    Event,
     Resumed,
     Started,
     StepSkipped,

@@ -10,7 +10,8 @@ from k2train.errors import EXIT_FAILED, RunError
 from k2train.guard.stop_signals import StopAsked
 from k2train.parallel.agreement import SaveError
 from k2train.plan.layout import Layout
-from k2train.record.events import Event, Failed, Stopped
+from k2train.record.event import Event
+from k2train.record.events import Failed, Stopped
 from k2train.train.monitor import ANOTHER_RANK, DamageError
 from k2train.train.run_logger import RunLogger
 from k2train.train.shutdown import OpenRun

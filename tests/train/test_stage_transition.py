@@ -13,7 +13,8 @@ from k2train.config.load import Config
 from k2train.data.manifest import Manifest
 from k2train.errors import CheckpointError, DataError
 from k2train.files import sha256_file, write_synced
-from k2train.record.events import Event, Resumed, StageTransition, of_kind
+from k2train.record.event import Event
+from k2train.record.events import Resumed, StageTransition, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.train.preflight import Start, prepare_start
 from tests.support.data_folder import rewrite

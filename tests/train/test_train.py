@@ -22,12 +22,12 @@ from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import flat_values, load_config
 from k2train.data.loader import MicroBatch
 from k2train.errors import DataError, RunError
+from k2train.record.event import Event
 from k2train.record.events import (
     CheckpointSaved,
     CheckpointVerified,
     ChunkStarted,
     E,
-    Event,
     Finished,
     StageTransition,
     Started,
