@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--record",
         type=Path,
         metavar="FILE",
-        help="add results to FILE; the page shows the newest of each row",
+        help="add results to FILE; the page shows the newest of each row and seed",
     )
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="work in this new folder and keep it"

@@ -100,6 +100,12 @@ def test_a_record_outlives_a_run_of_the_tool_that_was_killed(tmp_path: Path) -> 
     told = remember(record, Result(3, "fault", "target", "how", [], ["lost"]), bench)
     assert [result.row for result in told] == [1, 2, 3] and told[2].verdict == "NOT HELD"
 
+    # Another seed does not cover what did not hold.
+    other = Bench(server=None, scratch=tmp_path, seed=2)  # type: ignore[arg-type]
+    told = remember(record, Result(3, "fault", "target", "how", ["x"]), other)
+    assert [(result.row, result.seed) for result in told[2:]] == [(3, 1), (3, 2)]
+    assert [result.verdict for result in told[2:]] == ["NOT HELD", "held"]
+
 
 def test_rows_end_early_and_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Catches a row that was cut short and looks as if all of it had run."""

@@ -29,7 +29,8 @@ LIMITS = (
 def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
     """Add a row to the record of earlier runs (JSON, one row per line).
 
-    Return the newest of each row.
+    Return the newest of each row and seed: a row that was run with two seeds is shown twice, and
+    only the same seed can replace what did not hold.
 
     So long rows can be run one by one, and the page shows the date and commit of each.
     """
@@ -46,8 +47,8 @@ def remember(record: Path, result: Result, bench: Bench) -> list[Result]:
         stream.flush()
         os.fsync(stream.fileno())
 
-    newest = {row.row: row for row in _recorded(record)}
-    return [newest[row] for row in sorted(newest)]
+    newest = {(row.row, row.seed): row for row in _recorded(record)}
+    return [newest[key] for key in sorted(newest)]
 
 
 def _recorded(record: Path) -> Iterator[Result]:

@@ -41,6 +41,12 @@ class Result:
     """When, and on which commit, where the row comes from the record of an earlier run."""
 
     @property
+    def seed(self) -> int:
+        """Seed of a row from the record of an earlier run; 0 for one of this run."""
+        found = re.search(r"\bseed (\d+)$", self.seen)
+        return int(found[1]) if found else 0
+
+    @property
     def verdict(self) -> str:
         """Whether the row held, held in part, or did not hold."""
         if self.problems:
