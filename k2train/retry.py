@@ -224,9 +224,10 @@ def is_bad_block(error: UnavailableError, beside: Path) -> bool:
 
 
 def open_retried(path: Path, stop: threading.Event | None = None) -> io.BufferedReader:
-    """Open a file for reading in order; every read of it is retried, until `stop` is set.
+    """Open a file for reading; every read of it is retried, until `stop` is set.
 
-    It is opened anew after an error: a stale handle stays stale. Raises OSError, UnavailableError.
+    Readers of other packages take it in place of a name: their own reads are not retried. It is
+    opened anew after an error: a stale handle stays stale. Raises OSError, UnavailableError.
     """
     return io.BufferedReader(_RetriedFile(path, stop), buffer_size=2**20)
 
@@ -280,6 +281,27 @@ class _RetriedFile(io.RawIOBase):
 
     def readable(self) -> bool:
         return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_CUR:
+            offset += self._at
+        elif whence == os.SEEK_END:
+            offset += retried(self._size, self._path, self._stop)
+        self._at = offset
+        return offset
+
+    def _size(self) -> int:
+        try:
+            return os.fstat(self.fileno()).st_size
+        except OSError:
+            self._close_descriptor()
+            raise
 
     def fileno(self) -> int:
         if self._descriptor < 0:

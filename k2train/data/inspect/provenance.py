@@ -10,14 +10,14 @@ Alternatives considered:
 
 import difflib
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from k2train.data.manifest import ChunkInfo, Manifest, short_list
 from k2train.errors import DataError, UserError
 from k2train.files import sha256_file
-from k2train.retry import is_file_retried
+from k2train.retry import is_file_retried, retried
 
 Facts = dict[str, Any]
 Condition = Callable[[Callable[[str], Any]], Any]
@@ -199,12 +199,12 @@ def _read(
     """Read columns of the chunks' provenance as one table; row groups are chosen by statistics.
 
     Columns that no file has are left out. Raises UserError when pyarrow is missing, DataError for
-    any error in a file.
+    any error in a file, UnavailableError for one that cannot be read for now.
     """
     # Imported here: it takes a third of the start, and the account needs no provenance.
     try:
         import pyarrow as arrow
-        from pyarrow import dataset, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UserError(
             "provenance is Parquet, which needs pyarrow: pip install 'k2train[data]'"
@@ -212,19 +212,7 @@ def _read(
 
     paths = [_path(manifest, info) for info in infos]
     try:
-        data = dataset.dataset([str(path) for path in paths], format="parquet")
-        for fragment in data.get_fragments():
-            # A column missing in one file would be read as null, and the document missed there.
-            names = fragment.physical_schema.names
-            if lacking := [name for name in ALWAYS if name not in names]:
-                raise DataError(
-                    f"{fragment.path}: has no column {', '.join(lacking)}; it is not the "
-                    "provenance of a chunk"
-                )
-
-        known = [name for name in columns if name in data.schema.names or name == FILE]
-        chosen = condition(dataset.field) if condition else None
-        return data.to_table(columns=known, filter=chosen).unify_dictionaries()
+        return retried(lambda: _read(paths, columns, condition), paths[0].parent)
     except (OSError, arrow.ArrowException) as error:
         damaged = (paths[0] if len(paths) == 1 else manifest.folder), error
         for path in paths:
@@ -240,6 +228,25 @@ def _read(
         f"{where}: cannot be read as Parquet ({reason[:160]}); fetch it again or prepare the data "
         "anew"
     )
+
+
+def _read(paths: Sequence[Path], columns: Collection[str], condition: Condition | None) -> Any:
+    """Read columns of Parquet files as one table. Raises DataError, OSError, pyarrow's errors."""
+    from pyarrow import dataset
+
+    data = dataset.dataset([str(path) for path in paths], format="parquet")
+    for fragment in data.get_fragments():
+        # A column missing in one file would be read as null, and the document missed there.
+        names = fragment.physical_schema.names
+        if lacking := [name for name in ALWAYS if name not in names]:
+            raise DataError(
+                f"{fragment.path}: has no column {', '.join(lacking)}; it is not the "
+                "provenance of a chunk"
+            )
+
+    known = [name for name in columns if name in data.schema.names or name == FILE]
+    chosen = condition(dataset.field) if condition else None
+    return data.to_table(columns=known, filter=chosen).unify_dictionaries()
 
 
 # Documents

@@ -28,7 +28,7 @@ from k2train.data.document_boundaries import open_borders
 from k2train.data.provenance_digest import ProvenanceDigest
 from k2train.data.verify.folder import HASH_DIGITS, differing, hash_problem
 from k2train.errors import DataError, UnavailableError, UserError
-from k2train.retry import stat_retried
+from k2train.retry import open_retried, stat_retried
 
 try:
     import pyarrow as arrow
@@ -134,7 +134,10 @@ def _check_provenance(
     columns = ["row", "start", "length", "subset"] if recorded is None else None
     try:
         # Without these two options whole row groups of columns are fetched at once.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        with (
+            open_retried(path) as stream,
+            parquet.ParquetFile(stream, pre_buffer=False, buffer_size=2**20) as file,
+        ):
             for batch in file.iter_batches(BATCH_PIECES, columns=columns):
                 pieces.add(batch)
                 digest.add(batch)

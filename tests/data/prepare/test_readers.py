@@ -1,6 +1,7 @@
 """Document readers: listing and grouping sources, and reading good and broken files."""
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from k2train import retry
 from k2train.data.prepare import source
 from k2train.data.prepare.recipe import Recipe, SubsetRecipe
 from k2train.data.prepare.source import POSITIONS, Contents, Source, first_position, split_position
@@ -25,7 +27,7 @@ from k2train.data.prepare.sources import parquet_rows, stdlib
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
 from k2train.data.prepare.sources.readers import Document, Rejection, read_documents
 from k2train.data.prepare.sources.stdlib import docstrings, stdlib_sources
-from k2train.errors import DataError
+from k2train.errors import DataError, UnavailableError
 
 
 @pytest.fixture(autouse=True)
@@ -451,6 +453,31 @@ def test_broken_rows_and_files_of_parquet(monkeypatch: pytest.MonkeyPatch) -> No
     for broken in (content[:-3], b"", content[:40] + b"\xff" * 40 + content[80:]):
         with pytest.raises(DataError, match=r"x.parquet: not a complete Parquet file"):
             read("x.parquet", broken)
+
+
+def test_a_server_that_is_away_damages_no_parquet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a hiccup of the file system that is called damage (2) and told to be fetched again.
+
+    The bytes come as few at a time as a read may give.
+    """
+    text = ["word " * 50 + str(number) for number in range(3000)]
+    parquet.write_table(arrow.table({"text": text}), "x.parquet", row_group_size=700)
+    content, preadv, failing = Path("x.parquet").read_bytes(), os.preadv, [errno.EIO, errno.ESTALE]
+
+    def struck(descriptor: int, buffers: Any, at: int) -> int:
+        if 1000 < at < 5000 and failing:
+            raise OSError(failing[0], os.strerror(failing.pop(0)))
+        return preadv(descriptor, [memoryview(buffers[0])[:777]], at)
+
+    monkeypatch.setattr(os, "preadv", struck)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.01)
+    documents, rejected = read("x.parquet", content)
+    assert [document.text for document in documents] == text and not rejected and not failing
+
+    failing += [errno.ESTALE] * 10**6
+    monkeypatch.setattr(retry, "PATIENCE_SECONDS", 0.05)
+    with pytest.raises(UnavailableError, match=r"x\.parquet: .*start the same command again"):
+        read("x.parquet", content)
 
 
 def test_batches_of_parquet_follow_its_rows() -> None:

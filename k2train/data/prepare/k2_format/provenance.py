@@ -23,6 +23,7 @@ from k2train.data.chunk import Tokens
 from k2train.data.prepare.k2_format.lines import KEYS, Fields
 from k2train.data.provenance_digest import ProvenanceDigest
 from k2train.errors import DataError
+from k2train.retry import open_retried
 
 try:
     import pyarrow as arrow
@@ -152,7 +153,8 @@ class ProvenanceReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = parquet.ParquetFile(path)
+            self._stream = open_retried(path)
+            self.file = parquet.ParquetFile(self._stream)
         except (OSError, arrow.ArrowException) as error:
             raise DataError(
                 f"{path}: cannot be read as Parquet ({error}); fetch it again"
@@ -163,6 +165,7 @@ class ProvenanceReader:
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+        self._stream.close()
 
     def fields(self) -> Iterator[Fields]:
         """Yield the fields of each row. Raises DataError when a row is missing."""
@@ -190,7 +193,8 @@ def count_pieces(path: Path) -> int:
 
     `ProvenanceReader` returns only one per row.
     """
-    return int(parquet.read_metadata(path).num_rows)
+    with open_retried(path) as stream:
+        return int(parquet.read_metadata(stream).num_rows)
 
 
 def _fields_of(

@@ -9,10 +9,13 @@ Alternatives considered:
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from k2train.data.prepare.field_keys import text_value
 from k2train.errors import DataError, UserError
+from k2train.retry import open_retried
 
 BATCH_BYTES = 2**22
 MAX_BATCH_ROWS = 1024
@@ -26,7 +29,8 @@ def parquet_rows(
 ) -> Iterator[Row | UnicodeDecodeError]:
     """Yield the text, name and fields of each row, or the error of a row that is not UTF-8.
 
-    Raises DataError for a file that is damaged, or lacks every text key, the id key or a field.
+    Raises DataError for a file that is damaged, or lacks every text key, the id key or a field,
+    UnavailableError for one that cannot be read for now.
     """
     try:
         import pyarrow as arrow
@@ -51,14 +55,22 @@ def parquet_rows(
         raise DataError(f"{path}: not a complete Parquet file ({reason}); fetch it again") from None
 
 
-def open_parquet(path: str) -> Any:
-    """Open a Parquet file for reading in small pieces; close it after use."""
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """Open a Parquet file for reading in small pieces; its reads are retried.
+
+    Raises OSError, UnavailableError, pyarrow's errors.
+    """
     from pyarrow import parquet
 
     # A small buffer streams the pages of a column instead of holding a complete row group.
-    return parquet.ParquetFile(
-        path, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
-    )
+    with (
+        open_retried(Path(path)) as stream,
+        parquet.ParquetFile(
+            stream, buffer_size=2**20, pre_buffer=False, page_checksum_verification=True
+        ) as file,
+    ):
+        yield file
 
 
 def has_column(schema: Any, key: str) -> bool:
