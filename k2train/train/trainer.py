@@ -66,6 +66,8 @@ class Trainer:
         """First step of this start."""
         self.owes_score = False
         """Whether the newest checkpoint is the end of a chunk, without the score it is to have."""
+        self.owes_save = False
+        """Whether a save that was asked for waits for a step that is applied."""
 
     @property
     def state(self) -> TrainState:
@@ -120,17 +122,18 @@ class Trainer:
             raise SaveError(self.logger.problem or RECORD_REFUSED)
 
         reason = agreed.stop or self._limit_reached()
-        # No save between bad steps only because it is time: if they stop the run, the next start
-        # goes back before the first of them, and what damaged them may be gone.
-        required = reason is not None or agreed.save_asked
-        required |= agreed.save_due and decision == "apply"
+        # Between bad steps only a stop saves: if they end the run, the next start goes back before
+        # the first of them, and what damaged them may be gone. What was asked for is made later.
+        self.owes_save |= agreed.save_asked
+        wanted = agreed.save_due or self.owes_save
+        required = reason is not None or (wanted and decision == "apply")
         # A chunk's numbered checkpoint also serves a request that falls on its end.
         if self.order.is_chunk_end(state.step):
             self._end_chunk(required, scored=agreed.stop is None)
             reason = reason or self.evaluation.asked
         elif required:
             consumed = self.order.consumed_chunks(state.step)
-            self.checkpoints.save(checkpoint_name(consumed, state.step), state, None)
+            self._save(checkpoint_name(consumed, state.step), None)
 
         if reason is not None and (state.step < self.order.total_steps or self.owes_score):
             return self._stop(reason, skip_verification=reason != STEP_LIMIT)
@@ -219,7 +222,12 @@ class Trainer:
             self.logger.info(f"{name} has no held-out loss, it was not computed{later}")
         # One that is still without its score was loaded from there.
         if not self.owes_score or step >= self.first_step:
-            self.checkpoints.save(name, self.state, held_out)
+            self._save(name, held_out)
+
+    def _save(self, name: str, held_out: tuple[HeldOutFacts, ...] | None) -> None:
+        """Save a checkpoint, which also meets a request for one."""
+        self.owes_save = False
+        self.checkpoints.save(name, self.state, held_out)
 
     def _score_loaded(self) -> int | None:
         """Score the end of the chunk that was loaded, and save it under its number.

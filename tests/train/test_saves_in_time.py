@@ -90,6 +90,39 @@ def test_nothing_is_saved_between_bad_steps(base: Path) -> None:
     assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
 
 
+def test_what_is_asked_for_between_bad_steps_is_saved_later(base: Path) -> None:
+    """Catches a SAVE file that makes a skipped step stay skipped, and one that is forgotten."""
+    path = write_yaml(base / "asked.yaml", tree(base, "asked", checkpoint__every_seconds=0))
+    run = base / "runs" / "asked"
+    assert train(path, "run.stop_after_steps=1").returncode == 75
+    (run / "SAVE").touch()
+    bad = ";".join(f"gradient@rank=0@step={step}:nan" for step in (2, 3, 4))
+    assert train(path, K2TRAIN_FAULTS=bad).returncode == 1
+    assert (run / "SAVE").exists(), "the request is not met yet"
+
+    # What made them bad is gone: the next start does them again, and meets the request.
+    assert train(path, "run.stop_after_steps=3").returncode == 75
+    saved = of_kind(read_ledger(run / "ledger.jsonl"), CheckpointSaved)
+    assert [(one.step, one.asked) for one in saved] == [
+        (0, None),
+        (1, None),
+        (2, "SAVE file"),
+        (4, None),
+    ]
+    assert not (run / "SAVE").exists()
+    assert train(path).returncode == 0
+    assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
+
+    # A good step after bad ones in the same start.
+    path = write_yaml(base / "late.yaml", tree(base, "late", checkpoint__every_seconds=0))
+    run = base / "runs" / "late"
+    assert train(path, "run.stop_after_steps=1").returncode == 75
+    (run / "SAVE").touch()
+    assert train(path, K2TRAIN_FAULTS="gradient@rank=0@step=2:nan").returncode == 0
+    saved = of_kind(read_ledger(run / "ledger.jsonl"), CheckpointSaved)
+    assert [one.step for one in saved if one.asked] == [3]
+
+
 def test_the_reason_is_told(base: Path) -> None:
     path = write_yaml(base / "told.yaml", tree(base, "told"))
     killed_at(path, 2)

@@ -212,7 +212,7 @@ def _read(
 
     paths = [_path(manifest, info) for info in infos]
     try:
-        return retried(lambda: _read(paths, columns, condition), paths[0].parent)
+        return retried(lambda: _read_files(paths, columns, condition), manifest.folder)
     except (OSError, arrow.ArrowException) as error:
         damaged = (paths[0] if len(paths) == 1 else manifest.folder), error
         for path in paths:
@@ -230,7 +230,9 @@ def _read(
     )
 
 
-def _read(paths: Sequence[Path], columns: Collection[str], condition: Condition | None) -> Any:
+def _read_files(
+    paths: Sequence[Path], columns: Collection[str], condition: Condition | None
+) -> Any:
     """Read columns of Parquet files as one table. Raises DataError, OSError, pyarrow's errors."""
     from pyarrow import dataset
 
