@@ -93,7 +93,7 @@ def drawn_edits(root: Path, seed: int) -> Iterator[Edit]:
     random.Random(seed).shuffle(found)
     seen = set()
     for edit in found:
-        if (edit.file, edit.line) not in seen:
+        if (edit.file, edit.line) not in seen and not edit.is_the_same:
             seen.add((edit.file, edit.line))
             yield edit
 

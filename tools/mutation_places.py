@@ -58,6 +58,15 @@ class Edit:
         """File, line and kind, on one line."""
         return f"{self.file}:{self.line} {self.kind}"
 
+    @property
+    def is_the_same(self) -> bool:
+        """Whether the edit writes the same program, as two equal arguments that are swapped do."""
+        try:
+            return ast.dump(ast.parse(self.old.strip())) == ast.dump(ast.parse(self.new))
+        except SyntaxError:
+            # A part of a statement: the edits of these change their words.
+            return False
+
     def apply(self, root: Path) -> None:
         """Make the edit in the copy at `root`. Raises SyntaxError when no program is left."""
         path = root / self.file

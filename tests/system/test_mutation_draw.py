@@ -67,6 +67,16 @@ def test_every_edit_of_a_file_and_no_other(tmp_path: Path) -> None:
         (tmp_path / "half.py").write_text(SOURCE, encoding="utf-8")
 
 
+def test_an_edit_that_changes_nothing_is_not_drawn(tmp_path: Path) -> None:
+    """Catches two equal arguments that are swapped, which no test could notice."""
+    (tmp_path / "file.py").write_text("a = x.narrow(0,  0, n)\nb = y.narrow(0, 1, n)\n")
+    swapped = [edit for edit in edits_of(tmp_path, "file.py") if edit.kind == "arguments swapped"]
+    assert [(edit.line, edit.is_the_same) for edit in swapped] == [(1, True), (2, False)]
+    assert not any(
+        edit.is_the_same for _, edit in zip(range(99), tool.drawn_edits(ROOT, 1), strict=False)
+    )
+
+
 def test_the_draw_is_that_of_its_seed_and_over_all_rooms() -> None:
     first, again, other = (
         [edit for edit, _ in zip(tool.drawn_edits(ROOT, seed), range(200), strict=False)]

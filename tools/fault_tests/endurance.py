@@ -42,7 +42,8 @@ BACKSTOP = "SIGKILL in a step"
 FAILURE_SECONDS = 3.09 * 3600
 """Mean time between unexpected interruptions of a published run on 16,384 GPUs."""
 QUICK = (
-    ("run.max_fruitless_starts", 3),
+    # A start that saved, two that are struck at the same step, and one that nothing strikes early.
+    ("run.max_fruitless_starts", 5),
     ("batch.micro_sequences", 2),
     ("checkpoint.retry_seconds", 1.0),
     ("watch.step_seconds", 5.0),
@@ -135,8 +136,8 @@ class Endurance:
         left_steps, left_faults = self.restarts.world.steps - newest, self.faults - self.done_faults
         reach = max(2, round(1.5 * left_steps * FAULTS_PER_ATTEMPT / max(1, left_faults)))
         step = newest + self.draw.randint(1, reach)
-        # A third start that gets nowhere is refused, rightly; a person would have looked by then:
-        # so nothing strikes early.
+        # Starts that die at one step again and again are refused, rightly; a person would have
+        # looked by then: so nothing strikes early.
         tired = self.fruitless >= 2
         if tired:
             step = newest + 2 * STEPS_PER_CHUNK + 1
@@ -153,9 +154,6 @@ class Endurance:
         lived = self._names(
             LIVED_WITH, HARMLESS if tired else (), self.draw.choice(LIVED_WITH_PER_ATTEMPT)
         )
-        if ending.startswith("NaN"):
-            # Saved between two steps that were skipped, they would stay so.
-            lived = [name for name in lived if name != "SAVE file"]
 
         # Each kind once; one that waits for a step goes before the one that ends the attempt by
         # hand.
