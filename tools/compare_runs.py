@@ -39,6 +39,7 @@ from k2train.record.jsonl import read_lines
 from k2train.record.ledger import checked_entries, fault_notes
 from k2train.record.metrics import latest, latest_roots
 from k2train.state_digest import short_digests
+from k2train.text import counted
 
 Array = npt.NDArray[Any]
 EXIT_DIFFERENT = 1
@@ -279,6 +280,24 @@ def differences(a: Path, b: Path, strict: bool, by_root: bool = False) -> list[s
     return found + roots + checkpoints
 
 
+def what_was_compared(a: Path, b: Path, by_root: bool) -> str:
+    """Say how much was compared, and how much could not be, since only one run has it."""
+    roots = len(set(states_of(a)) & set(states_of(b)))
+    parts = [f"the roots of {counted(roots, 'state')}"] if roots else []
+    rest = ""
+    if not by_root:
+        steps = [{record.step for record in latest(run / "metrics.jsonl")} for run in (a, b)]
+        names = [[path.name for path in list_checkpoints(run / "checkpoints")] for run in (a, b)]
+        common = [name for name in names[0] if name in names[1]]
+        parts = [counted(len(steps[0] & steps[1]), "step"), *parts, *common[-1:]]
+        if only := sorted(steps[0] ^ steps[1]):
+            rest = (
+                f"; {counted(len(only), 'step')} of one run alone, the first is {only[0]}: "
+                "--assert-equal asks for the same steps"
+            )
+    return ", ".join(parts) + rest
+
+
 def _fault_notes(ledger: Path) -> list[str]:
     """Describe faults made on purpose; a ledger that is missing or damaged is no difference."""
     if not ledger.exists():
@@ -309,7 +328,11 @@ def main(arguments: Sequence[str]) -> int:
             print(f"note: {run}: {line}")
 
     how = "by the roots of their states" if options.by_root else "bit for bit"
-    print("\n".join(found) if found else f"{options.a} and {options.b} are equal, {how}")
+    if found:
+        print("\n".join(found))
+    else:
+        compared = what_was_compared(options.a, options.b, options.by_root)
+        print(f"{options.a} and {options.b} are equal, {how}: {compared}")
     return EXIT_DIFFERENT if found else EXIT_DONE
 
 

@@ -153,7 +153,7 @@ RECIPE_MEANINGS = {
         ),
         "paths": (
             "patterns of local files, such as `corpus/web/*.jsonl.zst`; jsonl and text may be "
-            "plain, gzip, zstd, bzip2 or xz, whatever the name"
+            "plain, gzip, zstd, bzip2 or xz, by their first bytes"
         ),
         "origin": (
             "name of the files in the record; left out: the folder in front of the first wildcard"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from command_line import Parser, command
 
-from k2train.data.inspect.account import account_facts
+from k2train.data.inspect.account import account_facts, held_out_notes
 from k2train.data.inspect.left_out import left_out_lines
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
@@ -115,7 +115,10 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         manifest, made = prepare(recipe, options.force, progress)
         result = "prepared" if made else "already prepared, all hashes checked"
         if made:
-            print("".join(f"{line}\n" for line in left_out_lines(manifest)), end="")
+            notes = [f"note: {note}" for note in held_out_notes(manifest.facts.account or {})]
+            # The account has these notes, too.
+            lines = [*left_out_lines(manifest), *([] if options.account else notes)]
+            print("".join(f"{line}\n" for line in lines), end="")
         show(manifest, result, options.account, tokenizer=str(recipe.tokenizer.model))
 
 

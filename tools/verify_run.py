@@ -5,6 +5,7 @@
 - Reads ledger, metrics, state roots and config completely, and hashes every checkpoint.
 - Compares the files: the ledger's hashes of manifests and config.yaml, the order of the fencing
   tokens, the roots of saved states.
+- Every step up to the newest checkpoint must be on record, with its root and its scores.
 - `--data` also verifies the data folder (of config.yaml, or the named one), and that its rows are
   the ids that each step was fed.
 - One line per problem on stderr, with file and line. Traces that a kill explains are notes, not
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 from command_line import Parser, command
 
-from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest
+from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest, checkpoint_name
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.config.load import load_config
 from k2train.data.inspect.fed_steps import fed_problems
@@ -33,15 +34,24 @@ from k2train.data.verify.chunks import verify_chunks
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError, RunError
 from k2train.files import sha256_file
-from k2train.record.events import CheckpointRemoved, CheckpointSaved, Entry, Resumed, Started
+from k2train.record.events import (
+    CheckpointRemoved,
+    CheckpointSaved,
+    Entry,
+    Event,
+    Resumed,
+    Started,
+)
 from k2train.record.jsonl import read_lines
 from k2train.record.ledger import checked_entries, fault_notes, read_chain
 from k2train.record.ledger_head import head_problems
 from k2train.record.metrics import RootRecord, StepRecord, checked_records, damaged_rows
+from k2train.record.step_gaps import score_problems, step_problems, whole_records
 from k2train.train.ledger_check import all_checkpoints, ledger_heads
 
 LEDGER, METRICS, ROOTS, CONFIG = "ledger.jsonl", "metrics.jsonl", "state_roots.jsonl", "config.yaml"
 HELD_OUT = "held_out.jsonl"
+SET_ASIDE = "set_aside_by_attempt_"
 
 Facts = Mapping[str, Any]
 
@@ -66,6 +76,8 @@ def check_ledger(path: Path) -> tuple[list[tuple[int, Entry]], list[Problem]]:
             read_chain(path)
         except RunError as error:
             problems = [Problem(str(error))]
+    if problems:
+        problems.append(Problem(f"a run goes on after tools/mend_ledger.py {path.parent}", True))
     return [(line, entry) for line, entry in found if not isinstance(entry, RunError)], problems
 
 
@@ -79,7 +91,7 @@ def check_heads(path: Path) -> list[Problem]:
 
 def starts_of(entries: Sequence[tuple[int, Entry]]) -> list[tuple[int, Started | Resumed]]:
     """Starts of the run, with their lines."""
-    events = [(line, entry.event) for line, entry in entries]
+    events = _events(entries)
     return [(line, event) for line, event in events if isinstance(event, Started | Resumed)]
 
 
@@ -154,20 +166,29 @@ def check_checkpoints(
     there = all_checkpoints(folder)
     saves = Saves(entries).all()
     roots = _roots(directory / ROOTS)
+    scores: list[tuple[str, int, str]] = []
 
     for path in there:
         name = path.relative_to(folder).as_posix()
         try:
             manifest = verify_checkpoint(path)
         except CheckpointError as error:
-            yield Problem(str(error))
+            # What a start found damaged and set aside is no part of the run any more.
+            aside = name.startswith(SET_ASIDE)
+            rest = "; a start set it aside, and the folder may be removed" if aside else ""
+            yield Problem(f"{error}{rest}", note=aside)
         else:
             yield from _against_roots(path, manifest, roots)
+            # One inside a chunk has the scores of the checkpoint before it.
+            if manifest.name == checkpoint_name(manifest.chunks.consumed):
+                scores += [(name, manifest.step, s.name) for s in manifest.held_out or ()]
             if trusted and name in saves:
                 yield from _against_ledger(path, manifest, directory / LEDGER, *saves[name])
 
         if trusted and name not in saves:
             yield Problem(f"{path}: is not in the ledger; the next start will record it", note=True)
+
+    yield from map(Problem, score_problems(directory / HELD_OUT, scores))
 
     # Recorded checkpoints that are neither present nor set aside.
     missing = [name for name in saves if trusted and folder / name not in there]
@@ -204,13 +225,23 @@ def _against_ledger(
         )
 
 
+def check_steps(directory: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
+    """Check that every step up to the newest checkpoint is on record."""
+    saved = [event.step for _, event in _events(entries) if isinstance(event, CheckpointSaved)]
+    found = step_problems(directory / METRICS, directory / ROOTS, max(saved, default=0))
+    yield from map(Problem, found)
+
+
+def _events(entries: Sequence[tuple[int, Entry]]) -> list[tuple[int, Event]]:
+    return [(line, entry.event) for line, entry in entries]
+
+
 def _roots(path: Path) -> dict[tuple[int, int], tuple[int, str]]:
     """State roots by (attempt, step), as (line, root)."""
-    records = checked_records(path, RootRecord) if path.is_file() else ()
     return {
         (record.attempt, record.step): (line, record.root)
-        for line, record in records
-        if not isinstance(record, RunError) and record.root
+        for line, record in whole_records(path, RootRecord)
+        if record.root
     }
 
 
@@ -287,6 +318,7 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
     yield from check_config(directory, entries)
     if not damage:
         yield from check_tokens(ledger, entries)
+        yield from check_steps(directory, entries)
     yield from check_checkpoints(directory, entries, trusted=not problems)
     if data is not None:
         yield from check_data(directory, data, entries)

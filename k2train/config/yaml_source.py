@@ -218,6 +218,17 @@ def _read_text(path: str) -> str:
         raise ConfigError(f"{path}:{line}: not UTF-8 text (byte {error.start})") from error
 
 
+def _section_override(key: str, value: dict[Any, Any]) -> str:
+    """Say how to set the keys of a section, or where a name with a dot can be set."""
+    with_dot = next((str(name) for name in value if "." in str(name)), None)
+    if with_dot is not None:
+        return (
+            f"{key}: an override sets one value, and its dots part sections; set {with_dot!r} "
+            "in the file"
+        )
+    return f"{key}: an override sets one value; write {key}.<key>=<value>"
+
+
 def _apply_override(source: Source, override: str) -> None:
     """Set one `dotted.key=value` in the tree; the value is YAML: a scalar or a `[list]`."""
     origin = Origin(override=override)
@@ -252,9 +263,7 @@ def _apply_override(source: Source, override: str) -> None:
         value = _BROKEN
 
     if isinstance(value, dict):
-        source.mistakes.append(
-            Mistake(origin, f"{key}: an override sets one value; write {key}.<key>=<value>")
-        )
+        source.mistakes.append(Mistake(origin, _section_override(key, value)))
         return
 
     # Walk to the key's section, creating what is missing.

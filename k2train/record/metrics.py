@@ -247,6 +247,14 @@ def last_steps(path: Path, first_attempt: int) -> dict[int, int]:
     return found
 
 
+def last_step(path: Path) -> int:
+    """Return the step of the last whole line, from the end of the file; 0 without one."""
+    for line in lines_backwards(path):
+        if (match := POSITION.match(line)) is not None:
+            return int(match[1])
+    return 0
+
+
 def lines_backwards(path: Path, block_bytes: int = TAIL_BYTES) -> Iterator[bytes]:
     """Yield whole lines, the last one first; none without a file."""
     facts = stat_retried(path)

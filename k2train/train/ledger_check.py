@@ -1,8 +1,10 @@
-"""Comparison of a run's ledger with the heads that its directory keeps of it: was anything cut off?
+"""Ledger against run directory: lines that were cut off, and checkpoints that are lost.
 
 - Heads are in `ledger.head` and in the manifest of every checkpoint (see `record.ledger_head`).
 - A start compares the manifest that it continues from, since its head covers all lines before it.
   `verify_run` reads all of them, those set aside included.
+- A checkpoint that the ledger records, and that is not there, is told. Without any the run would
+  begin anew: that is refused, since a disk may only not be mounted.
 - Without torch.
 """
 
@@ -12,10 +14,11 @@ from pathlib import Path
 
 from k2train.checkpoint.manifest import list_checkpoints, read_manifest
 from k2train.errors import CheckpointError, RunError
-from k2train.record.events import Entry
+from k2train.record.events import CheckpointRemoved, CheckpointSaved, Entry, Resumed
 from k2train.record.ledger import read_chain
 from k2train.record.ledger_head import HEAD_FILE, LedgerHead, head_problems, read_head, remedy
 from k2train.retry import exists_retried, is_folder_retried, list_retried
+from k2train.text import counted
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
@@ -58,6 +61,48 @@ def check_ledger_heads(
         entries, hashes = read_chain(ledger) if exists_retried(ledger) else ([], [])
     if problems := head_problems(ledger, entries, hashes, heads):
         raise RunError(f"{problems[0]}; {remedy(ledger)}")
+
+
+def lost_checkpoints(entries: Sequence[Entry], folder: Path) -> list[CheckpointSaved]:
+    """Checkpoints that should be in `folder` by the ledger and are not, oldest first.
+
+    A kill may come between a checkpoint's move and its line, so those set aside are not lost.
+    """
+    known: dict[str, CheckpointSaved] = {}
+    for event in (entry.event for entry in entries):
+        if isinstance(event, CheckpointSaved):
+            known[event.checkpoint] = event
+        elif isinstance(event, CheckpointRemoved):
+            known.pop(event.checkpoint, None)
+        elif isinstance(event, Resumed):
+            for name in event.set_aside:
+                known.pop(name, None)
+
+    there = {path.name for path in all_checkpoints(folder)}
+    return sorted(
+        (event for name, event in known.items() if name not in there), key=lambda e: e.step
+    )
+
+
+def check_checkpoints_are_there(
+    entries: Sequence[Entry], folder: Path, newest_step: int | None
+) -> list[str]:
+    """Return lines on newer checkpoints than the one of `newest_step` that are lost.
+
+    `newest_step` is None where there is no checkpoint to continue from. Raises RunError when the
+    run then would begin anew, although its ledger records checkpoints.
+    """
+    lost = [e for e in lost_checkpoints(entries, folder) if e.step > (newest_step or 0)]
+    if lost and newest_step is None:
+        raise RunError(
+            f"{folder} has no checkpoint, and the ledger records {counted(len(lost), 'checkpoint')}"
+            f" up to {lost[-1].checkpoint}, step {lost[-1].step}: mount their disk or bring them "
+            "back; to start anew choose another run.name"
+        )
+    return [
+        f"{event.checkpoint}, step {event.step}: is in the ledger, but not in {folder}"
+        for event in reversed(lost)
+    ]
 
 
 def _head_file(ledger: Path) -> dict[str, LedgerHead]:

@@ -36,7 +36,7 @@ from k2train.record.events import StageTransition
 from k2train.record.ledger import read_chain
 from k2train.retry import exists_retried, is_folder_retried, list_retried, retried
 from k2train.train.held_out_sets import held_out_limit, held_out_sets
-from k2train.train.ledger_check import check_ledger_heads
+from k2train.train.ledger_check import check_checkpoints_are_there, check_ledger_heads
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 from k2train.train.setup import Setup
 from k2train.train.stage_transition import check_stage_transition, resolve_checkpoint
@@ -206,6 +206,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
 
     wanted, refused = wanted_checkpoints(config, directory, entries, base.resume_check)
     check_ledger_heads(ledger, entries, hashes, wanted[0] if wanted else None)
+    newest_step = read_manifest(wanted[0]).step if wanted else None
+    refused += check_checkpoints_are_there(entries, base.checkpoints, newest_step)
     if not wanted:
         start, step = _fresh_start(config, base, refused), 0
     else:

@@ -62,6 +62,7 @@ from k2train.record.metrics import (
     StepRecord,
     damaged_rows,
     last_attempt,
+    last_step,
 )
 from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
 from k2train.retry import exists_retried, reason
@@ -133,6 +134,13 @@ class RankZeroRunLogger(RunLogger):
         for path in (file.path for file in rows):
             for line in damaged_rows(path) if exists_retried(path) else []:
                 self.info(f"damaged: {line}")
+        known = read_manifest(start.candidates[0]).step if start.candidates else 0
+        if (last := last_step(self.metrics.path)) < known:
+            self.info(
+                f"{self.metrics.path} ends with step {last}, {start.candidates[0].name} is of step "
+                f"{known}: lines are lost; restore the file if you can (tools/verify_run.py says "
+                "what is missing)"
+            )
 
     @property
     def ledger_head(self) -> LedgerHead | None:

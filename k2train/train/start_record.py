@@ -34,7 +34,7 @@ from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.run_logger import RunLogger
 from k2train.train.schedule_change import ScheduleChange, schedule_change
 from k2train.train.shutdown import OpenRun
-from k2train.train.start_notes import bf16_note, evaluation_note
+from k2train.train.start_notes import bf16_note, evaluation_note, held_out_texts_note
 
 LEFTOVERS = (
     "config.yaml.tmp",
@@ -173,6 +173,8 @@ def _notes(start: Start, device_type: str) -> Iterator[str]:
                 f"held-out set {held_out.name} is trained on in this run, so its loss will "
                 f"flatter: {', '.join(same)}"
             )
+        elif note := held_out_texts_note(held_out, start.manifest):
+            yield note
 
 
 def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
@@ -200,11 +202,16 @@ def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
     )
 
 
-def log_transition(logger: RunLogger, transition: StageTransition) -> None:
-    """Record how this stage took over; say what data was compared, and what was found."""
+def log_transition(logger: RunLogger, transition: StageTransition, scored: bool) -> None:
+    """Record how this stage took over; say what data was compared, and what was found.
+
+    `scored`: whether held-out rows of this stage's own data are scored.
+    """
     logger.event(transition)
     common = transition.data_in_common
     found = f"in common: {'; '.join(common[:3])}" if common else "nothing in common"
+    if common and scored:
+        found += ", maybe held-out ones among them, whose loss then flatters"
     logger.info(f"data of the stage before: {found}; compared: {transition.data_compared}")
 
 

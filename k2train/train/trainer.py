@@ -317,7 +317,7 @@ class Trainer:
         assert self.start.transition is not None, "a stage that starts from a parent"
         event = replace(self.start.transition, attempt=self.logger.attempt, moments_kept=kept)
         self.state.parent = {k: v for k, v in event.row().items() if k not in ("event", "attempt")}
-        log_transition(self.logger, event)
+        log_transition(self.logger, event, scored=bool(self.start.held_out))
         loaded = (
             "weights and moments"
             if kept

@@ -167,6 +167,10 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("data.order=[0, -1]", "data.order[1]: must be a chunk's name or its number from 0, is -1"),
         ("model=3", "model: must be a section with keys of its own, is 3"),
         ("model={a: 1}", "model: an override sets one value; write model.<key>=<value>"),
+        (
+            "model={a.b: 1}",
+            "model: an override sets one value, and its dots part sections; set 'a.b'",
+        ),
         ("precision.x=1", "precision"),
         ("model.hiden_size=3", "model.hiden_size: unknown key; nearest is model.hidden_size"),
         ("tensor=2", "tensor: unknown key; nearest is parallel.tensor"),

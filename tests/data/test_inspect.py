@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from k2train.data.inspect.account import DOCUMENTS, account_facts
+from k2train.data.inspect.account import DOCUMENTS, account_facts, held_out_notes
 from k2train.data.inspect.left_out import left_out_lines
 from k2train.data.inspect.text import View, render
 from k2train.data.manifest import Manifest, read_manifest
@@ -179,6 +179,20 @@ def test_what_a_limit_leaves_is_noted(
     assert [
         line.removeprefix("note: ") for line in render(facts, View()) if line.startswith("note: ")
     ] == notes
+
+
+def test_held_out_rows_that_cost_much_more_are_noted(tmp_path: Path) -> None:
+    """Catches one long document, held out for a few rows, that takes most of the training data."""
+    counts = account_of(training_tokens=100, held_out_tokens=16, held_out_unused_tokens=284)
+    assert held_out_notes({"books": counts}) == [
+        "held_out keeps 75% of books out of the training, 300 tokens for 16 of rows: documents are "
+        "held out whole; set held_out.share, or cut the longest documents"
+    ]
+    for unused in (0, 15, 16):
+        rest = account_of(training_tokens=1, held_out_tokens=16, held_out_unused_tokens=unused)
+        assert held_out_notes({"books": rest}) == []
+    little = account_of(training_tokens=9000, held_out_tokens=16, held_out_unused_tokens=400)
+    assert held_out_notes({"books": little}) == []
 
 
 def test_every_part_that_is_left_out_is_said(tmp_path: Path) -> None:

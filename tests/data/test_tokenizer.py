@@ -27,6 +27,8 @@ from k2train.data import tokenizer as module
 from k2train.data import tokenizer_training
 from k2train.data.prepare.encode import training_sample
 from k2train.data.prepare.encode.training_sample import TrainingSample
+from k2train.data.prepare.recipe import SubsetRecipe
+from k2train.data.prepare.source import Source
 from k2train.data.tokenizer import (
     EOS_ID,
     K2_SPECIAL_TOKENS,
@@ -576,6 +578,21 @@ def test_a_long_document_is_sampled_in_blocks() -> None:
     sample.add(book)
     assert len(book) // 2 - 70_000 < sample.kept_bytes <= len(book) // 2
     assert (sample.taken.documents, sample.documents) == (1, 1)
+
+
+def test_a_text_file_is_its_text(tmp_path: Path) -> None:
+    """Catches a line end that a file does not have: equal texts pass for two, and two for one."""
+    text = "a line\n\nand another"
+    files = {"same.txt": text, "longer.txt": text + "\n", "blank.txt": "\n \n"}
+    sample = TrainingSample(10_000)
+    sample.add(text)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        subset = SubsetRecipe.model_validate({"kind": "text", "paths": [name]})
+        sample.read(subset, Source("web", name, str(tmp_path / name)))
+    assert sample.texts() == [text, text + "\n"]
+    assert sample.duplicates == [1, len(text)]
+    assert sample.left_out["empty document", ""] == 1 and sample.documents == 3
 
 
 def test_a_sample_is_told(

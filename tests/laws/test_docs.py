@@ -21,6 +21,7 @@ import yaml
 
 from k2train.config.load import load_config
 from k2train.data.prepare.recipe import Recipe
+from k2train.record.events import EVENTS
 from tests.support import forkserver
 from tests.support.lanes import lanes
 
@@ -246,6 +247,13 @@ def test_every_file_named_exists() -> None:
 def test_every_page_is_listed_in_the_readme() -> None:
     """Catches a page that nobody finds."""
     assert [page for page in PAGES if page.startswith("docs/") and f"]({page}" not in README] == []
+
+
+def test_every_event_of_the_ledger_is_listed() -> None:
+    # Read from ledgers, and written by nothing yet.
+    written = set(EVENTS) - {"chunk_deferred"}
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert not [name for name in sorted(written) if f"`{name}`" not in page]
 
 
 def test_the_mutations_are_listed() -> None:

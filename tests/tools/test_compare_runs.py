@@ -100,9 +100,19 @@ def test_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_runs.main([*runs, "--assert-equal"]) == 0
     assert compare_runs.main([*runs, "--by-root"]) == 0
     assert [line.partition("are ")[2] for line in capsys.readouterr().out.splitlines()] == [
-        "equal, bit for bit",
-        "equal, by the roots of their states",
+        "equal, bit for bit: 8 steps, the roots of 4 states, ckpt_000",
+        "equal, by the roots of their states: the roots of 4 states",
     ]
+
+
+def test_what_was_compared_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches two runs that are called equal, of which nearly nothing was compared."""
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    lines = (b / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (b / "metrics.jsonl").write_bytes(b"".join(lines[:2] + lines[4:]))
+    assert compare_runs.main([str(a), str(b)]) == 0
+    assert ": 6 steps, " in (out := capsys.readouterr().out)
+    assert "; 2 steps of one run alone, the first is 3: --assert-equal asks" in out
 
 
 def test_the_first_step_and_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

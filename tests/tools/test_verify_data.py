@@ -541,6 +541,11 @@ FACTS: list[tuple[str, Callable[[dict[str, Any]], object], list[str]]] = [
         ["code: documents do not add up: documents_read is 21, .* are 22"],
     ),
     (
+        "a later kind",
+        of_account("text", empty_documents=2, held_out_copy_documents=0),
+        ["text: documents do not add up: documents_read is 21, .*empty, held_out_copy are 23"],
+    ),
+    (
         "negative",
         of_account("code", unused_tokens=-5),
         ["code: unused_tokens is -5, must be a whole number from 0"],

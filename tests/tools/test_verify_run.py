@@ -187,6 +187,65 @@ def other_root(run: Path) -> None:
         MetricsWriter(run / "state_roots.jsonl").write(replace(record, root="0" * 64))
 
 
+def without_line(run: Path, name: str, line: int) -> None:
+    lines = (run / name).read_bytes().splitlines(keepends=True)
+    del lines[line]
+    (run / name).write_bytes(b"".join(lines))
+
+
+def moved_and_doubled(run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    order = [1, 0, *range(2, len(lines)), len(lines) - 1]
+    (run / "metrics.jsonl").write_bytes(b"".join(lines[number] for number in order))
+
+
+GAPS: list[tuple[Callable[[Path], object], list[str]]] = [
+    (
+        lambda run: without_line(run, "metrics.jsonl", 2),
+        [r"metrics.jsonl: step 3 of the 5 up to the newest checkpoint has no line"],
+    ),
+    (
+        lambda run: (run / "metrics.jsonl").unlink(),
+        [r"metrics.jsonl: 5 steps, the first is 1, of the 5 .* have no line"],
+    ),
+    (
+        moved_and_doubled,
+        [
+            r"metrics.jsonl: line 2 is of step 1 of attempt 1, after its step 2: lines were moved",
+            r"metrics.jsonl: line 6 is of step 5 of attempt 2, after its step 5",
+        ],
+    ),
+    (
+        lambda run: without_line(run, "state_roots.jsonl", 3),
+        [r"state_roots.jsonl: step 4, whose root is in the metrics"],
+    ),
+    (
+        lambda run: (run / "state_roots.jsonl").unlink(),
+        [r"state_roots.jsonl: 5 steps, the first is 1"],
+    ),
+    (
+        lambda run: without_line(run, "held_out.jsonl", 1),
+        [r"held_out.jsonl: the score of set held_out at step 5, in ckpt_001, has no line"],
+    ),
+    (
+        lambda run: (run / "held_out.jsonl").unlink(),
+        [r"at step 0, in ckpt_000, has no line", r"at step 5, in ckpt_001, has no line"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "output"), GAPS)
+def test_what_was_cut_out_of_the_record_is_missing(
+    run: Path, change: Callable[[Path], object], output: list[str]
+) -> None:
+    """Catches lines that are each whole, and are not all of the run's."""
+    change(run)
+    found = problems(run)
+    assert len(found) == len(output), found
+    assert all(re.search(*pair) for pair in zip(output, found, strict=True)), found
+    assert verify([str(run)]) == 2
+
+
 CONTRADICTIONS: list[tuple[Callable[[Path], object], str]] = [
     (
         lambda run: edit_manifest(run, loss=0.5),

@@ -13,14 +13,18 @@ from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import read_manifest
 from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.config.load import Config, load_config, to_yaml
+from k2train.data.held_out import HeldOutSet
 from k2train.data.manifest import Manifest
+from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.errors import ConfigError, DataError, UnavailableError
+from k2train.files import sha256_file
 from k2train.launch.environment import Launch
 from k2train.record.events import CheckpointSaved, of_kind
 from k2train.record.held_out import HeldOutRecord
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import checked_records
 from k2train.train.preflight import prepare_start
+from k2train.train.start_notes import held_out_texts_note
 from k2train.train.trainer import Trainer
 from tests.model.test_hugging_face import hugging_face
 from tests.support.data_folder import add_chunk, finish, rewrite
@@ -351,6 +355,36 @@ def test_a_set_that_is_trained_on_is_told(base: Path) -> None:
     assert done.returncode == 75
     (line,) = [line for line in done.stderr.splitlines() if "flatter" in line]
     assert "held-out set mine is trained on" in line and "chunk_000 is chunk_000" in line
+
+
+def test_a_set_with_texts_of_the_training_data_is_told(base: Path, tmp_path: Path) -> None:
+    """Catches rows from a file that is trained on, cut anew: no chunk is the same."""
+    for name, seed in (("data", 1), ("cut", 9)):
+        make_corpus(tmp_path / name, 1, seed=seed, held_out=False)
+        sources = tmp_path / name / "sources.json"
+        sources.write_text('{"training": ["a.txt"], "held_out": []}')
+        rewrite(tmp_path / name, facts={"sources_sha256": sha256_file(sources)})
+    sets = {"cut": str(tmp_path / "cut"), "other": str(base / "other")}
+    settings = config_tree(
+        tmp_path / "data" / "manifest.json",
+        tmp_path / "runs",
+        "run",
+        data__held_out_sets=sets,
+        run__stop_after_steps=1,
+    )
+    done = train(write_yaml(tmp_path / "run.yaml", settings))
+    assert done.returncode == 75, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "flatters" in line]
+    assert "held-out set cut: its data folder and the training data have in common: source" in line
+    assert "a.txt" in line
+
+    # The set of the training's own folder is held out by its preparation.
+    own = read_data_manifest(base / "other")
+    assert HeldOutSet.of("own", own, None).texts_in_common(own) == ""
+    sources.write_text("[]")
+    damaged = HeldOutSet.of("cut", read_data_manifest(tmp_path / "cut"), None)
+    note = held_out_texts_note(damaged, read_data_manifest(tmp_path / "data"))
+    assert note.startswith("held-out set cut was not compared with the training data: ")
 
 
 def other_tokenizer(folder: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from k2train.checkpoint.manifest import MANIFEST, seal
 from k2train.config.load import Config
-from k2train.errors import CheckpointError
+from k2train.errors import CheckpointError, RunError
 from k2train.state_digest import state_root
 from k2train.train import __main__ as train_command
 from k2train.train.preflight import Start, prepare_start
@@ -27,6 +27,7 @@ from tests.support.tiny_corpus import (
     config_tree,
     make_corpus,
     manifest_of,
+    train,
     trainer_job,
     write_yaml,
 )
@@ -283,6 +284,45 @@ def test_another_batch_is_told_as_such(base: Path, stopped: Path) -> None:
         with pytest.raises(CheckpointError, match="ckpt_001 belongs to another run") as caught:
             start(base, stopped, **changes)
         assert words in str(caught.value)
+
+
+def test_checkpoints_that_are_gone_are_told(base: Path, stopped: Path) -> None:
+    """Catches a run that begins at step 0, since the disk of its checkpoints is not mounted, and
+    one that goes back without a word.
+    """
+    folder, ledger = base / "runs" / "run" / "checkpoints", base / "runs" / "run" / "ledger.jsonl"
+    assert start(base, stopped).refused == ()
+    newest(base).rename(base / "kept")
+    begun = start(base, stopped)
+    assert begun.candidates[0].name.startswith("ckpt_000")
+    assert begun.refused == (f"ckpt_001, step 5: is in the ledger, but not in {folder}",)
+
+    # One that was set aside by a start that was killed before it said so.
+    (folder / "set_aside_by_attempt_2").mkdir()
+    (base / "kept").rename(folder / "set_aside_by_attempt_2" / "ckpt_001")
+    assert start(base, stopped).refused == ()
+
+    shutil.rmtree(folder)
+    with pytest.raises(RunError) as caught:
+        start(base, stopped)
+    assert str(caught.value) == (
+        f"{folder} has no checkpoint, and the ledger records 1 checkpoint up to ckpt_001, step 5: "
+        "mount their disk or bring them back; to start anew choose another run.name"
+    )
+    ledger.unlink()
+    (ledger.parent / "ledger.head").unlink()
+    assert start(base, stopped).candidates == ()
+
+
+def test_metrics_that_end_early_are_told(pool: GlooPool, base: Path, stopped: Path) -> None:
+    """Catches a start that appends to what is left of the record, without a word."""
+    metrics = base / "runs" / "run" / "metrics.jsonl"
+    tree = tree_in(base, stopped / "data", run__stop_after_steps=1)
+    path = write_yaml(base / "run.yaml", tree)
+    assert "lines are lost" not in train(path).stderr
+    metrics.unlink()
+    told = train(path).stderr
+    assert f"{metrics} ends with step 0, ckpt_001_step_000006 is of step 6: lines are lost" in told
 
 
 def test_the_run_goes_on_from_the_one_before(pool: GlooPool, base: Path, stopped: Path) -> None:

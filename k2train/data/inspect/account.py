@@ -37,6 +37,9 @@ DOCUMENTS = {
 }
 """Outcomes of a subset's documents, with the preparation's key for each."""
 
+MUCH_HELD_OUT = 0.05
+"""Part of a subset that held-out documents may take beyond their rows without a note."""
+
 
 def account_facts(manifest: Manifest) -> Facts:
     """Tokens per subset, requested and produced, and its samples per chunk, from the manifest."""
@@ -60,7 +63,7 @@ def account_facts(manifest: Manifest) -> Facts:
 
     held = manifest.held_out
     subsets = [_subset_facts(manifest, name, account.get(name, {}), recipe) for name in names]
-    notes = _limit_notes(subsets, account)
+    notes = [*_limit_notes(subsets, account), *held_out_notes(account)]
     notes += _fit_to_chunks(subsets, recipe)
 
     return {
@@ -132,6 +135,21 @@ def _limit_notes(subsets: list[Facts], account: Mapping[str, Mapping[str, Any]])
             part = _part(item["asked_tokens"], wanted)
             notes.append(
                 f"limit_tokens of {item['subset']} takes {part} of what its repeat asks for"
+            )
+    return notes
+
+
+def held_out_notes(account: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say where held-out rows keep many more tokens out of the training than they hold."""
+    notes = []
+    for name, item in account.items():
+        rows, unused = item.get("held_out_tokens", 0), item.get("held_out_unused_tokens", 0)
+        whole = item.get("training_tokens", 0) + rows + unused
+        if unused > rows and unused >= MUCH_HELD_OUT * whole:
+            notes.append(
+                f"held_out keeps {_part(rows + unused, whole)} of {name} out of the training, "
+                f"{rows + unused:,} tokens for {rows:,} of rows: documents are held out whole; "
+                "set held_out.share, or cut the longest documents"
             )
     return notes
 

@@ -146,16 +146,20 @@ class Contents:
         """
         return decompressed(self.source.path or self.source.name, self.blocks())
 
-    def lines(self) -> Iterator[bytes]:
-        """Yield lines without their ends; compressed files are decompressed."""
+    def lines(self, keep_ends: bool = False) -> Iterator[bytes]:
+        """Yield lines, without their ends unless asked for; compressed files are decompressed.
+
+        The last line may have none.
+        """
+        end = b"\n" if keep_ends else b""
         # Pieces of a line that spans several blocks.
         partial: list[bytes] = []
         for block in self.unpacked():
             first, *rest = block.split(b"\n")
             partial.append(first)
             if rest:
-                yield b"".join(partial)
-                yield from rest[:-1]
+                yield b"".join(partial) + end
+                yield from (line + end for line in rest[:-1])
                 partial = [rest[-1]]
 
         if last := b"".join(partial):

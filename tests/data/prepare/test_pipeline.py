@@ -806,6 +806,7 @@ def test_texts_are_recorded_and_left_out_of_the_next_stage(
     account = (later.facts.account or {})["more"]
     seen_count = sum(text in texts_in(made) for text in map(hash_of, texts))
     assert account["seen_documents"] == seen_count > 0
+    assert verify_folder(later) == []
     again = prepare(tmp_path / "r.yaml")
     assert again.returncode == 0 and "already prepared" in again.stdout
     changed = prepare(write_recipe(tmp_path / "r.yaml", tree | {"output": str(tmp_path / "new")}))
@@ -875,13 +876,19 @@ def test_a_text_under_many_names_is_on_one_side(corpus: Path, tmp_path: Path) ->
     file, and in the file of another subset with another share.
     """
     texts = [text_of(n) + f" twin {n}" for n in range(150)]
-    lines = [json.dumps({"text": text}) for text in [*texts, *reversed(texts)]]
+    lines = [json.dumps({"text": text, "by": "me"}) for text in [*texts, *reversed(texts)]]
     for name in ("web", "mirror"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.jsonl").write_text("\n".join(lines))
+    with (tmp_path / "web" / "a.jsonl").open("a") as stream:
+        stream.write('\n{"text": "", "by": "me"}\n{"text": "not mine", "by": "you"}\n')
     tree = recipe_tree(corpus, tmp_path / "out") | {"chunks": 2, "held_out": {"share": 0.2}}
     tree["subsets"] = {
-        "web": {"kind": "jsonl", "paths": [str(tmp_path / "web" / "*")]},
+        "web": {
+            "kind": "jsonl",
+            "paths": [str(tmp_path / "web" / "*")],
+            "where": {"by": ["me"]},
+        },
         "mirror": {
             "kind": "jsonl",
             "paths": [str(tmp_path / "mirror" / "*")],
@@ -894,8 +901,12 @@ def test_a_text_under_many_names_is_on_one_side(corpus: Path, tmp_path: Path) ->
     sides = texts_of_both_sides(manifest)
     assert len(sides[0]) > 80 and len(sides[1]) > 20 and sides[0].isdisjoint(sides[1])
     # Both lines of a text, in both subsets: of the 150 texts, those that only `mirror` holds out.
-    copies = (manifest.facts.account or {})["web"]["held_out_copy_documents"]
+    account = (manifest.facts.account or {})["web"]
+    copies = account["held_out_copy_documents"]
     assert copies > 0 and copies % 2 == 0
+    # Every kind of document counts when the account is verified.
+    assert (account["empty_documents"], account["filtered_documents"]) == (1, 1)
+    assert verify_folder(manifest) == []
 
 
 def test_files_given_to_other_subsets(corpus: Path, tmp_path: Path) -> None:

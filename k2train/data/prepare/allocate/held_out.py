@@ -167,7 +167,10 @@ def _check_quotas(
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
 
-    none = "not one row can be spared: add documents, or leave held_out out"
+    none = (
+        "not one row can be spared, since documents are held out whole and the last one stays: "
+        "add documents, or leave held_out out"
+    )
     remedies = [f"lower held_out.rows to {low}"] if low else []
     remedies += ["raise held_out.share"] if held_out.share is not None else []
     raise DataError(

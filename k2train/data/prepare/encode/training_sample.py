@@ -84,9 +84,9 @@ class TrainingSample:
         lines: list[str] = []
         size, blank = 0, True
         self.documents += 1
-        for content in Contents(source).lines():
+        for content in Contents(source).lines(keep_ends=True):
             try:
-                line = content.decode() + "\n"
+                line = content.decode()
             except UnicodeDecodeError:
                 self.left_out["line", " that is not UTF-8"] += 1
                 blank = False

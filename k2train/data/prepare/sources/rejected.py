@@ -9,7 +9,6 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from k2train.data.prepare.workspace import Workspace, process_suffix, read_json
 from k2train.errors import DataError
@@ -69,7 +68,9 @@ def check_rejected(workspace: Workspace) -> None:
     examples = _first_of_each(workspace, exceeding)
     raise DataError(
         "\n".join(
-            _message(name, worst[name], totals[name]["documents_read"], limit, examples[name], path)
+            _message(
+                name, worst[name], _remedy(workspace, name, totals[name]), limit, examples[name]
+            )
             for name in exceeding
         )
     )
@@ -92,18 +93,25 @@ def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, st
     for line in rejected_lines(workspace):
         entry = json.loads(line)
         for name in entry["subsets"]:
-            found.setdefault(name, f"{entry['file']}:{entry['line']}: {entry['why']}")
+            line = "" if entry["line"] is None else f":{entry['line']}"
+            found.setdefault(name, f"{entry['file']}{line}: {entry['why']}")
         if found.keys() >= set(names):
             break
     return found
 
 
-def _message(
-    name: str, broken: Broken, accepted: int, limit: float, example: str, path: Path
-) -> str:
-    remedy = f"fix the files, or raise max_rejected_share (all are listed in {path})"
-    if accepted == 0:
-        remedy = f"check kind, text_key and id_key of subsets.{name} (all are listed in {path})"
+def _remedy(workspace: Workspace, name: str, total: Mapping[str, int]) -> str:
+    """Say what to change: the keys of a subset without any good document, else its files."""
+    # Files of text have no keys.
+    has_keys = workspace.recipe.subsets[name].kind in ("jsonl", "parquet")
+    keys = "kind, text_key and id_key" if has_keys else "kind and paths"
+    what = "fix the files, or raise max_rejected_share"
+    if total["documents_read"] == 0:
+        what = f"check {keys} of subsets.{name}"
+    return f"{what} (all are listed in {workspace.folder / REJECTED_NAME})"
+
+
+def _message(name: str, broken: Broken, remedy: str, limit: float, example: str) -> str:
     return (
         f"subsets.{name}: {broken.broken} of {broken.whole} {broken.unit} are "
         f"broken, a share of {broken.share:.4f}, above "
