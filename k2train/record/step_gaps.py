@@ -18,6 +18,7 @@ from pathlib import Path
 from k2train.errors import RunError
 from k2train.record.held_out import HeldOutRecord
 from k2train.record.metrics import R, RootRecord, StepRecord, checked_records, damaged_rows
+from k2train.retry import is_file_retried
 from k2train.text import counted
 
 Position = tuple[int, int]
@@ -50,13 +51,16 @@ def score_problems(path: Path, scored: Iterable[tuple[str, int, str]]) -> Iterat
 
 
 def is_damaged(path: Path) -> bool:
-    """Whether a file has damaged lines; one that is not there has none."""
-    return path.is_file() and bool(damaged_rows(path))
+    """Whether a file has damaged lines; one that is not there has none.
+
+    Raises RunError, UnavailableError when it cannot be read.
+    """
+    return is_file_retried(path) and bool(damaged_rows(path))
 
 
 def whole_records(path: Path, kind: type[R]) -> Iterator[tuple[int, R]]:
     """Yield the whole lines of a file with their numbers; none without the file."""
-    for line, record in checked_records(path, kind) if path.is_file() else ():
+    for line, record in checked_records(path, kind) if is_file_retried(path) else ():
         if not isinstance(record, RunError):
             yield line, record
 

@@ -126,7 +126,10 @@ class RankZeroRunLogger(RunLogger):
             log=self._from_threads.append,
         )
 
-        # Report what a killed writer left behind, and rows whose checksum is wrong.
+        self._report_damage(start)
+
+    def _report_damage(self, start: Start) -> None:
+        """Say what a killed writer left behind, which rows are damaged, and whether any are lost."""
         rows = (self.metrics, self.roots, self.held_out)
         for repaired in (self.ledger.repaired, *(file.repaired for file in rows)):
             if repaired:
