@@ -129,7 +129,7 @@ class RankZeroRunLogger(RunLogger):
         self._report_damage(start)
 
     def _report_damage(self, start: Start) -> None:
-        """Say what a killed writer left behind, which rows are damaged, and whether any are lost."""
+        """Say what a killed writer left behind, and which rows are damaged or lost."""
         rows = (self.metrics, self.roots, self.held_out)
         for repaired in (self.ledger.repaired, *(file.repaired for file in rows)):
             if repaired:
