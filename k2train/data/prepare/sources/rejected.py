@@ -93,8 +93,8 @@ def _first_of_each(workspace: Workspace, names: Collection[str]) -> dict[str, st
     for line in rejected_lines(workspace):
         entry = json.loads(line)
         for name in entry["subsets"]:
-            line = "" if entry["line"] is None else f":{entry['line']}"
-            found.setdefault(name, f"{entry['file']}{line}: {entry['why']}")
+            where = entry["file"] + ("" if entry["line"] is None else f":{entry['line']}")
+            found.setdefault(name, f"{where}: {entry['why']}")
         if found.keys() >= set(names):
             break
     return found
