@@ -40,6 +40,13 @@ class RunError(UserError):
     """Run directory that cannot be used as requested."""
 
 
+class AnotherRefusedError(Exception):
+    """Another rank refuses to go on and says why: this one ends with exit code 2, without a word.
+
+    Its text is the problem there, as far as this rank knows.
+    """
+
+
 class UnavailableError(RuntimeError):
     """A file that could not be read or locked although it was tried for a while (`k2train.retry`).
 

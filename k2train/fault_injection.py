@@ -40,7 +40,7 @@ SIGNALS = {
 }
 
 POINTS = (
-    "start.locked", "start.agreed", "start.loaded", "start.aside",
+    "start.locked", "start.agreed", "start.connect", "start.loaded", "start.aside",
     "step.read", "step.forward", "step.reduce", "step.update", "step.done", "evaluate",
     "save.snapshot", "save.begin", "save.room", "save.model", "save.optimizer", "save.hashed",
     "save.manifest", "save.synced", "save.renamed", "save.committed",

@@ -24,7 +24,10 @@ for argument in "$@"; do
     esac
 done
 
-bash scripts/setup.sh dev
+# Continuous integration runs the Triton kernels in an interpreter, which is 290 MB to load and 1 GB to hold.
+extras=(dev)
+if [ "$all" = true ]; then extras+=(triton); fi
+bash scripts/setup.sh "${extras[@]}"
 python=.venv/bin/python
 if [ "${#arguments[@]}" -gt 0 ]; then
     exec "$python" -m pytest -q "${durations[@]}" "${arguments[@]}"

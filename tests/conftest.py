@@ -29,6 +29,15 @@ def pytest_sessionfinish() -> None:
     forkserver.close()
 
 
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[GlooPool]:
+    """Workers that run this project's Triton kernels on a CPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    made = GlooPool(TRITON_INTERPRET="1")
+    yield made
+    made.close()
+
+
 @pytest.fixture(autouse=True)
 def no_launcher_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test run under a launcher must not take its ranks for its own."""

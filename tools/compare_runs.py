@@ -36,7 +36,7 @@ from k2train.checkpoint.manifest import is_thinned, list_checkpoints, read_manif
 from k2train.errors import EXIT_DONE, CheckpointError, RunError
 from k2train.record.events import Entry
 from k2train.record.jsonl import read_lines
-from k2train.record.ledger import checked_entries, fault_notes
+from k2train.record.ledger import checked_entries, run_notes
 from k2train.record.metrics import latest, latest_roots
 from k2train.state_digest import short_digests
 from k2train.text import counted
@@ -298,12 +298,12 @@ def what_was_compared(a: Path, b: Path, by_root: bool) -> str:
     return ", ".join(parts) + rest
 
 
-def _fault_notes(ledger: Path) -> list[str]:
-    """Describe faults made on purpose; a ledger that is missing or damaged is no difference."""
+def _notes(ledger: Path) -> list[str]:
+    """Say what to know of a run; a ledger that is missing or damaged is no difference."""
     if not ledger.exists():
         return []
     entries = (entry for _, entry in checked_entries(ledger, *read_lines(ledger)))
-    return fault_notes(entry for entry in entries if isinstance(entry, Entry))
+    return run_notes(entry for entry in entries if isinstance(entry, Entry))
 
 
 @command
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str]) -> int:
 
     found = differences(options.a, options.b, options.assert_equal, options.by_root)
     for run in (options.a, options.b):
-        for line in _fault_notes(run / "ledger.jsonl"):
+        for line in _notes(run / "ledger.jsonl"):
             print(f"note: {run}: {line}")
 
     how = "by the roots of their states" if options.by_root else "bit for bit"

@@ -4,8 +4,9 @@
 
 - The places are in what computes numbers: parallel, model, optim, engine, data order and loader,
   checkpoint load. `mutation_places.py` says what an edit is.
-- Tests run in stages, until one fails: those of the file, those that import it, whole runs against
-  code that is not ours; then the slow ones of the first and the last kind.
+- Tests run in stages, until one fails: those of the file, those that import it, those of the
+  modules that import it, whole runs against code that is not ours; then the slow ones of the first
+  and the last kind. With K2TRAIN_CUDA_PYTHON set, those under emulated CUDA, too.
 - An edit with which the package cannot be imported is not counted, and another one is drawn.
 - A test that hangs notices too, after some minutes.
 - `--record` keeps each result as a line of JSON, and the next start goes on behind the last one.
@@ -15,6 +16,7 @@ Exit codes: 0 every edit was noticed; 1 one survived; 2 a usage error.
 """
 
 import json
+import os
 import random
 import re
 import sys
@@ -59,6 +61,8 @@ WHOLE = (
     "tests/train/test_train.py",
 )
 """Tests of whole steps and whole runs, for every file."""
+EMULATED = "tests/emulated_cuda/test_engine.py"
+"""Steps under emulated CUDA: what only an accelerator runs."""
 LIMIT_SECONDS = 900.0
 HANG_SECONDS = "120"
 """How long a test waits for processes that an edit may have locked."""
@@ -101,20 +105,30 @@ def drawn_edits(root: Path, seed: int) -> Iterator[Edit]:
 def stages_of(root: Path, file: str) -> list[list[str]]:
     """Arguments of pytest, stage by stage: the file's own tests, its importers', whole runs."""
     path = Path(file)
-    own = f"tests/{'/'.join(path.parts[1:-1])}/test_{path.stem}.py"
     module = ".".join(path.with_suffix("").parts)
     imports = re.compile(rf"^\s*(?:from|import) {re.escape(module)}\b", re.MULTILINE)
-    importers = [
-        test.relative_to(root).as_posix()
-        for test in sorted((root / "tests").rglob("test_*.py"))
-        if imports.search(test.read_text(encoding="utf-8"))
-    ]
 
+    def importers(folder: str, pattern: str) -> list[Path]:
+        found = sorted((root / folder).rglob(pattern))
+        users = [one for one in found if imports.search(one.read_text(encoding="utf-8"))]
+        return [one.relative_to(root) for one in users]
+
+    own, users = own_tests(path), importers("k2train", "*.py")
     first = [own] if (root / own).exists() else []
-    second = [test for test in importers if test not in (*first, *WHOLE)]
-    third = [test for test in WHOLE if test not in first and (root / test).exists()]
-    quick = [[*stage, "-m", "not slow"] for stage in (first, second, third) if stage]
-    return [*quick, [*first, *third, "-m", "slow"]]
+    tests = [test.as_posix() for test in importers("tests", "test_*.py")]
+    second = [test for test in tests if test not in (*first, *WHOLE)]
+    known = {*first, *second, *WHOLE}
+    third = [test for test in map(own_tests, users) if test not in known and (root / test).exists()]
+    last = [test for test in WHOLE if test not in first and (root / test).exists()]
+    emulated = [EMULATED] if os.environ.get("K2TRAIN_CUDA_PYTHON") else []
+
+    quick = [[*s, "-m", "not slow"] for s in (first, second, third, last, emulated) if s]
+    return [*quick, [*first, *last, "-m", "slow"]]
+
+
+def own_tests(path: Path) -> str:
+    """The file of a module's own tests."""
+    return f"tests/{'/'.join(path.parts[1:-1])}/test_{path.stem}.py"
 
 
 def check_edit(server: ForkServer, edit: Edit, root: Path = ROOT) -> Drawn:

@@ -27,11 +27,12 @@ from k2train.errors import EXIT_DONE, RunError
 from k2train.plan import cost
 from k2train.plan.action import Op
 from k2train.plan.balance import balanced_layers, rank_flops, with_layers
+from k2train.plan.connections import connections
 from k2train.plan.draw import draw, svg
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Program
 from k2train.plan.simulate import Span, bubble_fraction, peak_in_flight, simulate
-from k2train.text import bytes_text
+from k2train.text import bytes_text, counted
 from k2train.train.memory_report import memory_table
 from k2train.train.setup import Setup
 from k2train.train.start_notes import bf16_note
@@ -150,7 +151,18 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
             f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first "
             f"{_group_text(groups[0])}"
         )
+    lines.append(_connection_line(layout))
     return lines
+
+
+def _connection_line(layout: Layout) -> str:
+    """Connections of a rank, whose number grows with the world."""
+    open_ = connections(layout, "cuda")
+    return (
+        f"  each rank: up to {counted(open_.communicators, 'communicator')} of NCCL, about "
+        f"{bytes_text(open_.communicator_bytes)} besides the plan (estimate), "
+        f"{open_.sockets} sockets, up to {open_.files} open files"
+    )
 
 
 def _group_text(group: Sequence[int]) -> str:

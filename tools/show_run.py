@@ -35,7 +35,7 @@ from k2train.record.events import (
     Stopped,
     of_kind,
 )
-from k2train.record.ledger import fault_notes, read_ledger
+from k2train.record.ledger import read_ledger, run_notes
 from k2train.record.metrics import StepRecord, latest
 from k2train.text import counted, table
 
@@ -90,7 +90,7 @@ def lines_of_run(directory: Path) -> list[str]:
     """Lines of output for one run. Raises RunError as `checkpoint_rows` does."""
     entries = _entries(directory)
     rows = checkpoint_rows(directory)
-    lines = [f"{directory.name}: {_status(entries)}", *fault_notes(entries), ""]
+    lines = [f"{directory.name}: {_status(entries)}", *run_notes(entries), ""]
     cells = [[row[heading] for heading in HEADINGS] for row in rows]
     lines += (
         table(HEADINGS, cells, LEFT_ALIGNED, drop_unknown=False) if rows else ["no checkpoint yet"]

@@ -43,7 +43,7 @@ from k2train.record.events import (
     Started,
 )
 from k2train.record.jsonl import read_lines
-from k2train.record.ledger import checked_entries, fault_notes, read_chain
+from k2train.record.ledger import checked_entries, read_chain, run_notes
 from k2train.record.ledger_head import head_problems
 from k2train.record.metrics import RootRecord, StepRecord, checked_records, damaged_rows
 from k2train.record.step_gaps import score_problems, step_problems, whole_records
@@ -309,7 +309,7 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
     entries, damage = check_ledger(ledger)
     problems = damage or check_heads(ledger)
     yield from problems
-    for line in fault_notes(entry for _, entry in entries):
+    for line in run_notes(entry for _, entry in entries):
         yield Problem(line, note=True)
     for name in (METRICS, ROOTS, HELD_OUT):
         if (directory / name).exists():

@@ -65,6 +65,11 @@ _TOKEN: TypeAdapter[int | None] = TypeAdapter(int | None)
 """What `_check_share` found."""
 
 
+def named(name: str, step: int) -> str:
+    """Name a checkpoint for people, with its step."""
+    return f"{name}, of step {step}"
+
+
 class CheckpointWriter:
     """Saves checkpoints into `directory`, as `policy` says; `events` is told of them on rank 0."""
 
@@ -90,6 +95,8 @@ class CheckpointWriter:
         self._skip_verification = Event()
         self._loaded: Path | None = None
         """Checkpoint whose weights nobody has read yet."""
+        self.newest: str | None = None
+        """Newest whole checkpoint of this run, with its step; rank 0 knows those that it saved."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
@@ -98,7 +105,9 @@ class CheckpointWriter:
 
         The next save reads them in the background, on all ranks. Older formats were checked whole.
         """
-        if read_manifest(path).format > 2:
+        manifest = read_manifest(path)
+        self.newest = named(path.name, manifest.step)
+        if manifest.format > 2:
             self._loaded = path
         else:
             self.verified.add(path.name)

@@ -303,7 +303,7 @@ def _decay_steps(values: Values) -> str | None:
 @_rule("parallel.symmetric_memory", "parallel.tensor", "parallel.sequence")
 def _symmetric_memory(values: Values) -> str | None:
     tensor, sequence = values["parallel.tensor"], values["parallel.sequence"]
-    if not values["parallel.symmetric_memory"] or (tensor > 1 and sequence):
+    if values["parallel.symmetric_memory"] is not True or (tensor > 1 and sequence):
         return None
     return (
         f"parallel.symmetric_memory needs parallel.tensor ({tensor}) of 2 or more "
@@ -339,4 +339,16 @@ def _recompute_layers(values: Values) -> str | None:
     return (
         f"kernels.recompute_layers ({count}) must be at most the layers of a pipeline stage "
         f"({largest}); lower it, or leave it out for all of them"
+    )
+
+
+@_rule("kernels.attention", "kernels.deterministic")
+def _deterministic(values: Values) -> str | None:
+    if values["kernels.attention"] != "cudnn" or not values["kernels.deterministic"]:
+        return None
+    # What else cannot be deterministic depends on the device (model/kernels/determinism.py).
+    return (
+        "kernels.attention (cudnn) is not deterministic: its backward adds gradients in any order, "
+        "and torch cannot ask cuDNN for another; set kernels.attention: auto, or "
+        "kernels.deterministic: false, and no run will repeat to the bit"
     )

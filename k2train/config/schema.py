@@ -31,6 +31,7 @@ from k2train.config.values import (
     PositiveAmount,
     Resume,
     RunName,
+    Switch,
     Text,
 )
 
@@ -130,7 +131,7 @@ class ParallelConfig(Section):
     overlap: Literal["auto", "on", "off"] = "auto"
     gathered: Literal["auto", "keep", "again"] = "auto"
     bucket_bytes: Positive | None = None
-    symmetric_memory: Flag = False
+    symmetric_memory: Switch = False
 
     @model_validator(mode="before")
     @classmethod
@@ -161,7 +162,11 @@ class LrConfig(Section):
 
 
 class KernelsConfig(Section):
-    """Kernel choice per operation; `auto` takes the fastest that the device supports."""
+    """Kernel choice per operation; `auto` takes the fastest that the device supports.
+
+    `deterministic`: only those that give the same bits every time they run (see
+    `k2train.model.kernels.determinism`).
+    """
 
     attention: Literal[
         "auto",
@@ -175,14 +180,17 @@ class KernelsConfig(Section):
         "transformer_engine",
         "reference",
     ] = "auto"
-    norm: Literal["auto", "fused", "torch", "apex", "transformer_engine", "reference"] = "auto"
-    elementwise: Literal["auto", "fused", "reference"] = "auto"
-    loss: Literal["auto", "fused", "reference"] = "auto"
+    norm: Literal["auto", "fused", "torch", "triton", "apex", "transformer_engine", "reference"] = (
+        "auto"
+    )
+    elementwise: Literal["auto", "fused", "triton", "reference"] = "auto"
+    loss: Literal["auto", "fused", "triton", "reference"] = "auto"
     matmul: Literal["auto", "torch", "onednn", "fp8"] = "auto"
-    optimizer: Literal["auto", "fused", "reference"] = "auto"
+    optimizer: Literal["auto", "fused", "triton", "reference"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     recompute_layers: Positive | None = None
+    deterministic: Flag = True
 
 
 class CheckpointConfig(Section):

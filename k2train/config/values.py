@@ -90,6 +90,13 @@ def _interval(value: Any) -> str | float:
     return _word_or_number(value, ("auto",), _number, "a number of seconds")
 
 
+def _switch(value: Any) -> str | bool:
+    try:
+        return "auto" if value == "auto" else _flag(value)
+    except ValueError:
+        raise _wrong("true, false or auto", value) from None
+
+
 def _kept(value: Any) -> str | int:
     return _word_or_number(value, ("all",), _whole, "a number of checkpoints")
 
@@ -146,6 +153,7 @@ Amount = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 PositiveAmount = Annotated[float, BeforeValidator(_number), Field(gt=0)]
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
+Switch = Annotated[Literal["auto"] | bool, BeforeValidator(_switch)]
 Text = Annotated[str, BeforeValidator(_text)]
 NamedPaths = Annotated[dict[str, Text], BeforeValidator(_named_paths)]
 RunName = Annotated[str, BeforeValidator(_run_name)]

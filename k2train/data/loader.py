@@ -47,9 +47,19 @@ class MicroBatch(NamedTuple):
         return self.tokens if self.labels is None else self.labels
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """Copy to `device`; the copy may still be running on return."""
+        """Copy to `device`; the copy may still be running on return.
+
+        To a CUDA device from pinned memory: from other memory the copy would block the host. torch
+        keeps that memory until the copy is over.
+        """
+        pinned = device.type == "cuda"
         return MicroBatch(
-            *(None if part is None else part.to(device, non_blocking=True) for part in self)
+            *(
+                None
+                if part is None
+                else (part.pin_memory() if pinned else part).to(device, non_blocking=True)
+                for part in self
+            )
         )
 
 

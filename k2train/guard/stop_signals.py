@@ -4,9 +4,10 @@
 - During a start there is nothing to save yet, so the first signal ends it at once: the handler
   raises StopAsked in the main thread (`begin_start`, `end_start`). What native code waits for runs
   in a thread, because Python hears no signal meanwhile (`run_hearing`).
-- A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the
-  first: a terminal sends SIGINT to every process of a launch and the launcher forwards its own
-  copy, so one key press arrives twice.
+- A second Ctrl-C means "now" and raises KeyboardInterrupt. It counts only some time after the one
+  before: a terminal sends SIGINT to every process of a launch and the launcher forwards its own
+  copy, so each key press arrives twice, and the copy must not interrupt what cleans up.
+- Signals that came while the program was imported count (`k2train.early_signals`).
 - USR1 and USR2 stop like SIGTERM. Batch systems send them some minutes before a time limit, or on
   preemption.
 - SIGHUP of a closed terminal stops too, unless it is already ignored, as under nohup.
@@ -24,9 +25,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self, TypeVar
 
+from k2train import early_signals
+
 T = TypeVar("T")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = early_signals.KEPT
 PERSONS_SIGNALS = (signal.SIGINT.name, signal.SIGHUP.name)
 """What a terminal sends: Ctrl-C, and its end. The others are what systems send to make room."""
 
@@ -34,6 +37,8 @@ PERSONS_SIGNALS = (signal.SIGINT.name, signal.SIGHUP.name)
 HEARING_SECONDS = 0.2
 FINISHING_STEP = "finishing the step, then saving"
 """What a run does after a signal, unless it is in another phase."""
+IF_ALL_THERE = ", unless another process has failed"
+"""Follows what is said after a signal of which nobody knows whether it is a request."""
 
 
 class StopAsked(BaseException):
@@ -48,6 +53,8 @@ class StopRequest:
 
     - `finishing`: what the run does after a signal, for the confirmation.
     - `announce`: confirm the request on stderr.
+    - `means_to_save`: whether the signal of that name leads to a save, None if nobody knows. A
+      launcher ends what is left of a failed run by a signal, too; that is not confirmed.
     - `echo_seconds`: a SIGINT sooner than this after the first counts as the launcher's copy of it.
     """
 
@@ -60,12 +67,13 @@ class StopRequest:
         self.requested: str | None = None
         self.finishing = FINISHING_STEP
         self.announce = announce
+        self.means_to_save: Callable[[str], bool | None] = lambda name: True
         self._starting, self._held = False, 0
         self._asking = threading.Lock()
         self._reason = ""
         self._echo_seconds = echo_seconds
         self._clock = clock
-        self._first_interrupt: float | None = None
+        self._last_interrupt: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self) -> Self:
@@ -74,17 +82,23 @@ class StopRequest:
             "signal handlers belong to the main thread"
         )
         assert not self._before, "the handlers are installed already"
-        for number in SIGNALS:
-            # Ignored by nohup: the run must survive the closed terminal.
-            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue
-            self._before[number] = signal.signal(number, self._handle)
+        # Ignored by nohup, SIGHUP stays so: the run must survive the closed terminal.
+        self._before, came = early_signals.replace(self._handle)
+        if came and self.requested is None:
+            self.requested = signal.Signals(came[0]).name
+            self._last_interrupt = self._clock() if signal.SIGINT in came else None
 
         return self
 
     def begin_start(self) -> None:
-        """From now on the first signal raises StopAsked in the main thread."""
+        """From now on the first signal raises StopAsked in the main thread.
+
+        Raises it at once if a signal has come before.
+        """
         self._starting = True
+        if self.requested is not None:
+            self._starting = False
+            raise StopAsked(self.requested)
 
     def end_start(self) -> None:
         """From now on signals only record their request. Idempotent."""
@@ -146,22 +160,32 @@ class StopRequest:
         if first:
             self.requested = self._reason or signal.Signals(number).name
             if self.announce:
-                doing = "ending the start" if self._starting else self.finishing
-                # Bypass all buffers: the signal may interrupt a write to the same stream.
-                os.write(2, f"\nk2train: {self.requested}: {doing}\n".encode())
+                self._confirm(self.requested)
 
         # Only a second Ctrl-C interrupts at once.
         if number == signal.SIGINT:
-            now = self._clock()
-            if self._first_interrupt is None:
-                self._first_interrupt = now
-            elif now - self._first_interrupt >= self._echo_seconds:
-                raise KeyboardInterrupt
+            now, last = self._clock(), self._last_interrupt
+            if last is None or now - last >= self._echo_seconds:
+                self._last_interrupt = now
+                # What is held back ends the start anyway.
+                if last is not None and not self._held:
+                    raise KeyboardInterrupt
 
         if first and self._starting and not self._held:
             # Once: what cleans up after it is not interrupted again.
             self._starting = False
             raise StopAsked(self.requested)
+
+    def _confirm(self, requested: str) -> None:
+        """Say what is done now; nothing where a failure, which others report, ends the run."""
+        doing = "ending the start"
+        if not self._starting:
+            saves = self.means_to_save(requested)
+            if saves is False:
+                return
+            doing = self.finishing + ("" if saves else IF_ALL_THERE)
+        # Bypass all buffers: the signal may interrupt a write to the same stream.
+        os.write(2, f"\nk2train: {requested}: {doing}\n".encode())
 
 
 def run_hearing(work: Callable[[], T]) -> T:

@@ -1,9 +1,8 @@
 """Straggler detection: compare each rank's own seconds per step with those of its peers.
 
 - Own seconds exclude the time blocked in collectives, where one slow rank delays all.
-- They are host time. On CUDA the host only enqueues kernels and waits in one place, so a slow
-  device shows equally in every rank's time. What is found there is a slow host (data, Python, a
-  busy core).
+- On CUDA they are seconds of the device (`parallel.own_time`): a slow device is found, and a slow
+  host where its device has to wait for it. On a CPU they are seconds of the host.
 - Ranks of one pipeline stage do the same work and are compared directly. A stage with one rank is
   compared with the others by its expected share of the work. That comparison has a larger margin,
   because a share is an estimate.
@@ -54,10 +53,9 @@ class _Rank:
         self.usual: float | None = None
         """Usual ratio at the time when it became slow by the second rule."""
 
-    def order_statistic(self, index: int) -> float:
-        """Seconds that all but `index` steps of a full window exceed."""
-        ordered = sorted(value for value, _ in self.window)
-        return ordered[min(index, len(ordered) - 1)]
+    def ordered_seconds(self) -> list[float]:
+        """Seconds of the window, shortest first."""
+        return sorted(value for value, _ in self.window)
 
 
 class Stragglers:
@@ -103,11 +101,12 @@ class Stragglers:
             self._record_step(group, seconds)
             # Computed after the whole group was recorded: every rank is compared with the same
             # window.
+            ordered = {rank: self._ranks[rank].ordered_seconds() for rank in group}
             others = _others(
-                {rank: self._ranks[rank].order_statistic(PEER_ORDER) for rank in group}
+                {rank: found[min(PEER_ORDER, len(found) - 1)] for rank, found in ordered.items()}
             )
             for rank in group:
-                message = self._evaluate(rank, step, others[rank])
+                message = self._evaluate(rank, step, ordered[rank], others[rank])
                 if message:
                     messages.append(message)
 
@@ -123,20 +122,21 @@ class Stragglers:
                 state.past.append(state.window[0][1])
             state.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
 
-    def _evaluate(self, rank: int, step: int, others: float) -> str:
+    def _evaluate(self, rank: int, step: int, ordered: Sequence[float], others: float) -> str:
         state = self._ranks[rank]
         if len(state.window) < WINDOW:
             return ""
 
-        low = state.order_statistic(OWN_ORDER)
-        ratio = sorted(value for _, value in state.window)[OWN_ORDER]
+        low = ordered[OWN_ORDER]
         if state.since is None:
-            usual = median(state.past) if len(state.past) >= ENOUGH_PAST else None
-            own = usual is not None and ratio > OWN_PAST * usual and low > OWN_PAST * usual * others
-
             # First rule: far above the peers. Second rule: far above its own past. Both need a real
-            # excess.
-            if not (low > self._factor * others or own) or low - others < MIN_EXCESS_SECONDS:
+            # excess. Every rank does this for all ranks after every step, so what decides for most
+            # of them comes first.
+            if low - others < MIN_EXCESS_SECONDS:
+                return ""
+            far_above = low > self._factor * others
+            usual = self._usual(state, only_if_high=not far_above)
+            if not far_above and (usual is None or low <= OWN_PAST * usual * others):
                 return ""
 
             state.since, state.usual = step, usual
@@ -155,6 +155,23 @@ class Stragglers:
             return f"{self._name(rank)} is no longer slow, after {step - since} steps"
 
         return ""
+
+    @staticmethod
+    def _usual(state: _Rank, only_if_high: bool) -> float | None:
+        """Usual ratio of a rank to the others; None without enough past.
+
+        `only_if_high`: also None unless most of its window is above that ratio by OWN_PAST.
+        """
+        if len(state.past) < ENOUGH_PAST:
+            return None
+        if not only_if_high:
+            return median(state.past)
+        ratio = sorted(value for _, value in state.window)[OWN_ORDER]
+        # No median is below the least, and that is found faster.
+        if ratio <= OWN_PAST * min(state.past):
+            return None
+        usual = median(state.past)
+        return usual if ratio > OWN_PAST * usual else None
 
     def _own_seconds(self, rank: int) -> float:
         return median(value for value, _ in self._ranks[rank].window) * self._share[rank]

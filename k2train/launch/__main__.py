@@ -8,12 +8,14 @@
   (`launch/supervisor.py`).
 - The processes of one machine meet in a file and talk over loopback (`stay_inside`). Those of
   several machines meet at a port, which is for a trusted network only (docs/security.md).
-- With CUDA devices, processes get CUDA_DEVICE_MAX_CONNECTIONS=1 (`limit_cuda_connections`).
+- Processes get the variables that must be set before torch starts (`environment_defaults`).
 - One option is added, all others are torchrun's:
 
       --restarts N    on one machine: restart after a crash (exit code 1), at most N times,
                       after 1, 2, 4 ... 60 s
 
+- The process that ended first decides (`status.first_end`): what the others do once they were told
+  to end, or have no peer any more, is a consequence.
 - A mistake (2) and a stop on request (75) are never restarted. A run without progress ends the
   restarts by itself with exit code 2 (`run.max_fruitless_starts`).
 
@@ -32,7 +34,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
-import torch
+import k2train.early_signals  # noqa: F401
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.run import get_args_parser, run
@@ -42,6 +44,7 @@ from k2train.config.load import load_config
 from k2train.errors import (
     EXIT_DONE,
     EXIT_FAILED,
+    EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USAGE,
     UnavailableError,
@@ -49,14 +52,15 @@ from k2train.errors import (
 from k2train.fault_injection import require_permission
 from k2train.launch.environment import (
     keep_sockets_inside,
-    limit_cuda_connections,
     read_faults,
     refuse_repeated_start,
     request_statuses,
 )
+from k2train.launch.environment_defaults import set_environment_defaults
+from k2train.launch.limits import raise_open_files
 from k2train.launch.ports import taken_by
 from k2train.launch.rendezvous import BACKEND, meeting_port, read_states_only, register
-from k2train.launch.status import ProcessStatus
+from k2train.launch.status import ProcessStatus, first_end
 from k2train.launch.supervisor import Supervisor
 
 KILLED_BY_TORCHRUN = -15
@@ -75,15 +79,18 @@ def main(arguments: Sequence[str]) -> int:
     The exit code is 1 when the processes do not agree on another one.
     """
     options = parse(arguments)
-    if is_alone(options) and trains(options):
-        refuse_repeated_start(launcher=True)
-    refuse_taken_port(options)
-    refuse_faults(options)
-    # torchrun's own lines, from here on: what was read before may have had to wait, and says so.
-    logging.disable(logging.ERROR)
-    if torch.cuda.is_available():
-        limit_cuda_connections()
-    with Supervisor(_log) as supervisor:
+    # Before anything that may take time: it hears the signals.
+    with Supervisor(_log, alone=is_alone(options)) as supervisor:
+        if is_alone(options) and trains(options):
+            refuse_repeated_start(launcher=True)
+        refuse_taken_port(options)
+        refuse_faults(options)
+        # torchrun's own lines, from here on: what was read before may have had to wait, and says
+        # so.
+        logging.disable(logging.ERROR)
+        set_environment_defaults()
+        # For the store that this process may serve, and for the processes it starts.
+        raise_open_files()
         return start_with_restarts(
             lambda: _start(options, supervisor), options.restarts, supervisor
         )
@@ -121,8 +128,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         description="Start the processes of a run on this machine, hand signals on to them, and "
         "end with their exit code. All options but --restarts are torchrun's.",
         epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request "
-        "after saving; 1 any other failure. Example: python -m k2train.launch --nproc-per-node 4 "
-        "-m k2train.train CONFIG.yaml",
+        "after saving; 130 a second Ctrl-C; 1 any other failure. "
+        "Example: python -m k2train.launch --nproc-per-node 4 -m k2train.train CONFIG.yaml",
         parents=[theirs],
         add_help=False,
     )
@@ -192,25 +199,20 @@ def _count(text: str) -> int:
 
 def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
     with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.watching(Path(name)):
-        folder = Path(name)
-        request_statuses(folder)
-        failures: dict[int, int] = {}
-        try:
-            # A copy, since torchrun adds the address of this start to the options.
-            given = argparse.Namespace(**vars(options))
-            read_states_only()
-            if is_alone(given):
-                stay_inside(given)
-            record(run)(given)
-        except ChildFailedError as failed:
-            failures = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-        except SignalException:
+        request_statuses(Path(name))
+        ended = _run(options)
+
+        # Whatever became of the others: a mistake stays one, and so does a second Ctrl-C.
+        first = first_end(supervisor.ends().values())
+        if first is not None and first.code in (EXIT_USAGE, EXIT_INTERRUPTED):
+            return first.code
+        if isinstance(ended, SignalException):
             return exit_code_after_signal(supervisor.statuses())
-        except Exception as error:
+        if isinstance(ended, Exception):
             # Another node's store may be gone because that node is done. What counts is how the
             # processes of this node have ended.
-            return exit_code_after_error(supervisor.statuses(), error)
-
+            return exit_code_after_error(supervisor.statuses(), ended)
+        failures = ended
         if supervisor.first_signal and not set(failures.values()) <= {EXIT_USAGE, EXIT_STOPPED}:
             return exit_code_after_signal(supervisor.statuses())
 
@@ -218,6 +220,22 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
             rank: code for rank, code in failures.items() if rank not in supervisor.killed
         } or failures
         return exit_code_of(own) if failures else EXIT_DONE
+
+
+def _run(options: argparse.Namespace) -> dict[int, int] | Exception:
+    """Run torchrun to its end: the exit codes of its failed processes, or its own error."""
+    # A copy, since torchrun adds the address of this start to the options.
+    given = argparse.Namespace(**vars(options))
+    read_states_only()
+    try:
+        if is_alone(given):
+            stay_inside(given)
+        record(run)(given)
+    except ChildFailedError as failed:
+        return {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+    except Exception as error:
+        return error
+    return {}
 
 
 def is_alone(options: argparse.Namespace) -> bool:

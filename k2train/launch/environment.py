@@ -21,9 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from k2train.errors import EXIT_STOPPED, EXIT_USAGE, RunError
+from k2train.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USAGE, RunError
 from k2train.launch.status import (
     LAUNCHER_FILE,
+    End,
+    ProcessStatus,
+    first_end,
     has_failed,
     read_signals,
     read_statuses,
@@ -133,12 +136,43 @@ def read_launch() -> Launch:
     return Launch(rank, world_size, local_rank, launched=True)
 
 
+RANKS_PER_DEVICE = "K2TRAIN_RANKS_PER_DEVICE"
+"""Variable with how many local ranks share each CUDA device; without it each has one of its own."""
+
+
+def read_ranks_per_device() -> int:
+    """Read K2TRAIN_RANKS_PER_DEVICE; 1 without it.
+
+    With more, the exchanges of a run go through host memory: NCCL takes one rank a device. For
+    checking layouts on a machine with one device, not for speed. Raises RunError.
+    """
+    text = os.environ.get(RANKS_PER_DEVICE, "")
+    if not text:
+        return 1
+    count = _count(RANKS_PER_DEVICE)
+    if not count:
+        raise RunError(
+            f"{RANKS_PER_DEVICE} must be a whole number of at least 1, got {text!r}; unset it to "
+            "give each rank a device of its own"
+        )
+    return count
+
+
 def ranks_of_machine(launch: Launch) -> range:
     """Return the ranks on this machine, by LOCAL_WORLD_SIZE; without it this rank alone."""
     first, count = launch.rank - launch.local_rank, _count("LOCAL_WORLD_SIZE")
     if count is None or not launch.local_rank < count or first < 0:
         return range(launch.rank, launch.rank + 1)
     return range(first, min(first + count, launch.world_size))
+
+
+def cores_of_process() -> int:
+    """Return the cores for one process: those it may run on, shared with others of its machine.
+
+    By LOCAL_WORLD_SIZE. Processes that are bound to cores of their own get less than they have.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // max(1, _count("LOCAL_WORLD_SIZE") or 1))
 
 
 def _check_meeting_place() -> None:
@@ -171,27 +205,58 @@ STATUS_FOLDER = "K2TRAIN_VERDICTS"
 """Variable with the folder in which each process of a machine writes its status file."""
 
 
-def write_status(rank: int, code: int | None, saving: bool = False) -> None:
+def write_status(rank: int, code: int | None, saving: bool = False, reason: str = "") -> None:
     """Write this process's exit code for the k2train launcher; None: still running.
 
     Does nothing under another launcher. `saving`: a save is running, so a launcher that has to end
-    this process gives it time. The first call also asks the kernel to send SIGTERM when the
-    launcher dies: an orphaned process would train on and keep the run's lock.
+    this process gives it time. `reason`: the signal that stopped it. The first call also asks the
+    kernel to send SIGTERM when the launcher dies: an orphaned process would train on and keep the
+    run's lock.
     The signal may come several times: the threads of the launcher end one after the other, and
     each hands its children to the next.
     """
     if folder := os.environ.get(STATUS_FOLDER):
-        write_file(Path(folder), rank, code, saving)
+        write_file(Path(folder), rank, code, saving, reason)
 
 
-def another_has_stopped() -> bool:
-    """Return whether a process of this machine has told the k2train launcher that it stopped."""
+def another_has_stopped() -> str:
+    """Return which process of this machine told the k2train launcher that it stopped, and why.
+
+    As in "SIGUSR1 on rank 1"; "" if none did.
+    """
+    for rank, status in _statuses().items():
+        if status.code == EXIT_STOPPED:
+            return on_rank(status.reason or "a request", rank)
+    return ""
+
+
+def on_rank(request: str, rank: int) -> str:
+    """Say which rank got a request: "SIGUSR1 on rank 1". One that names a rank stays as it is."""
+    return request if " on rank " in request else f"{request} on rank {rank}"
+
+
+def another_has_refused() -> bool:
+    """Return whether the first end that the k2train launcher was told of here is a refusal (2)."""
+    return _first_code() == EXIT_USAGE
+
+
+def another_was_interrupted() -> bool:
+    """Return whether the first end that the launcher was told of is that of a second Ctrl-C."""
+    return _first_code() == EXIT_INTERRUPTED
+
+
+def _first_code() -> int | None:
+    # A process that ended without a word was ended by somebody: when is unknown here.
+    told = (End(one.code, one.ended_at) for one in _statuses().values() if one.code is not None)
+    first = first_end(told)
+    return None if first is None else first.code
+
+
+def _statuses() -> dict[int, ProcessStatus]:
     folder = os.environ.get(STATUS_FOLDER)
-    if not folder:
-        return False
     with suppress(OSError):
-        return any(one.code == EXIT_STOPPED for one in read_statuses(Path(folder)).values())
-    return False
+        return read_statuses(Path(folder)) if folder else {}
+    return {}
 
 
 SIGNAL_SECONDS = 1.0
@@ -222,6 +287,23 @@ def was_asked_to_stop(signal_name: str) -> bool:
     while (asked := _asked_by(Path(folder))) is None and time.monotonic() < deadline:
         time.sleep(0.02)
     return bool(asked)
+
+
+def means_to_save(signal_name: str) -> bool | None:
+    """Return whether a signal during training is a request that leads to a save.
+
+    False after a process of this machine has failed: a launcher ends what is left, and nothing can
+    be saved. None where nobody knows. Reads files, and waits for nothing.
+    """
+    if signal_name != signal.SIGTERM.name or _count("WORLD_SIZE") in (None, 1):
+        return True
+    folder = os.environ.get(STATUS_FOLDER)
+    if not folder:
+        return None
+    statuses = _statuses().values()
+    if any(has_failed(one) or one.code == EXIT_USAGE for one in statuses):
+        return False
+    return True if read_signals(Path(folder)) else None
 
 
 def _asked_by(folder: Path) -> bool | None:
@@ -278,20 +360,3 @@ def keep_sockets_inside() -> None:
 def read_faults() -> str:
     """Return the faults for this process to arm (see `k2train.fault_injection`), "" if none."""
     return os.environ.get("K2TRAIN_FAULTS", "")
-
-
-CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
-
-
-def limit_cuda_connections() -> None:
-    """Give the processes started from here one CUDA hardware queue (CUDA_DEVICE_MAX_CONNECTIONS=1).
-
-    - A layer with overlap queues a collective first, then the product that hides it.
-    - With CUDA's usual 8 queues, one per stream, the product may still start first and take all
-      compute units. The collective then starts when the product is over, and nothing is hidden.
-    - With one queue kernels of all streams start in the order they are queued. The collective gets
-      the few units that it needs, and the product the rest.
-    - A value that is already set stays: products fused over symmetric memory do better with several
-      queues, since there copies wait for other devices.
-    """
-    os.environ.setdefault(CONNECTIONS, "1")

@@ -5,6 +5,7 @@
   without a name still carries what is written to it.
 - A record has a fixed length and a checksum, since it is read while it is written.
 - The launcher holds a lock on the folder, which systemd's cleaner respects.
+- A process that ends writes when: who ended first is the cause, the others followed (`first_end`).
 - Beside them the launcher notes the signals that it got: a process can tell a request to stop from
   the end of another one.
 
@@ -19,6 +20,7 @@ import fcntl
 import os
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,18 +37,26 @@ SIGNALS_FILE = "signals"
 """File beside it with the names of the signals that the launcher got, if any."""
 RECORD_BYTES = 96
 """Length of a record, filled with blanks."""
+REASON_LIMIT = 40
+"""Longest reason in a record, in characters."""
 SET_PARENT_DEATH_SIGNAL = 1
 """prctl(2): PR_SET_PDEATHSIG."""
 
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """Status of one process: its exit code, or while it runs None, its id and its start time."""
+    """Status of one process: its exit code, or while it runs None, its id and its start time.
+
+    `ended_at` is when it wrote its exit code, by the machine's monotonic clock in seconds; 0 if it
+    did not say. `reason` is the signal by which it was asked to stop, if any.
+    """
 
     code: int | None
     pid: int = 0
     start_ticks: int = 0
     saving: bool = False
+    ended_at: float = 0.0
+    reason: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -55,8 +65,11 @@ class ProcessStatus:
 
     def record(self) -> bytes:
         """Return it as the bytes of a status file."""
-        text = f"running {self.pid} {self.start_ticks}" if self.code is None else f"{self.code}"
-        text += " saving" if self.saving else ""
+        if self.code is None:
+            text = f"running {self.pid} {self.start_ticks}" + (" saving" if self.saving else "")
+        else:
+            reason = self.reason.encode("ascii", "replace").decode()[:REASON_LIMIT]
+            text = f"{self.code} {self.ended_at:.6f} {reason}".rstrip()
         return f"{zlib.crc32(text.encode()):08x} {text}".ljust(RECORD_BYTES - 1).encode() + b"\n"
 
     @classmethod
@@ -67,7 +80,8 @@ class ProcessStatus:
             return None
         words = text.split()
         if words[0] != "running":
-            return cls(int(words[0]))
+            ended_at = float(words[1]) if len(words) > 1 else 0.0
+            return cls(int(words[0]), ended_at=ended_at, reason=" ".join(words[2:]))
         return cls(None, int(words[1]), int(words[2]), "saving" in words)
 
 
@@ -79,6 +93,24 @@ def has_failed(status: ProcessStatus) -> bool:
     if status.code is None:
         return not status.is_alive
     return status.code not in (EXIT_DONE, EXIT_STOPPED, EXIT_USAGE)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a process ended: its own exit code, None if it wrote none, and when (monotonic s)."""
+
+    code: int | None
+    at: float
+
+
+def first_end(ends: Iterable[End]) -> End | None:
+    """Return the first end of a job that was neither done nor stopped after saving; None for none.
+
+    It is the cause. What other processes do afterwards, ended by a launcher or without a peer,
+    says nothing of the job.
+    """
+    ended = [one for one in ends if one.code not in (EXIT_DONE, EXIT_STOPPED)]
+    return min(ended, key=lambda one: one.at, default=None)
 
 
 def write_signals(folder: Path, names: Iterable[str]) -> None:
@@ -99,10 +131,13 @@ _own: dict[tuple[str, int], int] = {}
 """Open status files of this process, by path and process id: a forked process has its own."""
 
 
-def write_file(folder: Path, rank: int, code: int | None, saving: bool = False) -> None:
+def write_file(
+    folder: Path, rank: int, code: int | None, saving: bool = False, reason: str = ""
+) -> None:
     """Write this process's status file in `folder`; see `environment.write_status`."""
     pid = os.getpid()
-    status = ProcessStatus(code, pid, start_ticks(pid), saving)
+    ended_at = 0.0 if code is None else time.monotonic()
+    status = ProcessStatus(code, pid, start_ticks(pid), saving, ended_at, reason)
     path = folder / f"rank_{rank}"
     descriptor = _own.get((str(path), pid))
 

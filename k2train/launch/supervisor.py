@@ -1,5 +1,7 @@
 """Process supervisor: forward signals to the processes of one machine, kill them after a failure.
 
+- A signal that comes before any process has started ends the launch at once, from its first moment
+  on (`k2train.early_signals`).
 - Every signal goes to every process, as often as it comes, and is noted before that. The launcher
   waits as long as the processes need to save.
 - When a process dies, the others are killed after `GRACE_SECONDS`, even if they are stopped
@@ -26,11 +28,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from k2train.errors import EXIT_FAILED
-from k2train.launch.status import ProcessStatus, StatusBoard, has_failed, write_signals
+from k2train import early_signals
+from k2train.errors import EXIT_FAILED, EXIT_STOPPED
+from k2train.launch.status import End, ProcessStatus, StatusBoard, has_failed, write_signals
 from k2train.processes import descendants
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+FORWARDED = early_signals.KEPT
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
@@ -43,9 +46,17 @@ class Supervisor:
 
     - `first_signal`: name of the first signal, or None.
     - `killed`: ranks that were killed because another one had failed.
+    - `alone`: all processes of the job are on this machine, so a SIGTERM before they have started
+      is a request. On several machines it looks like the end of a failed job.
     """
 
-    def __init__(self, log: Callable[[str], None], grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(
+        self,
+        log: Callable[[str], None],
+        grace_seconds: float = GRACE_SECONDS,
+        alone: bool = False,
+    ) -> None:
+        self.alone = alone
         self.first_signal: str | None = None
         self.killed: set[int] = set()
         self._log, self._grace_seconds = log, grace_seconds
@@ -56,6 +67,8 @@ class Supervisor:
         self._noted = 0
         self._board: StatusBoard | None = None
         self._signals_sent: dict[int, int] = {}
+        self._begun = False
+        self._ends: dict[int, End] = {}
         self._failed_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
@@ -65,11 +78,11 @@ class Supervisor:
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
         self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        for number in FORWARDED:
-            # Under nohup SIGHUP is ignored, and stays so.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, _ignore)
-
+        # What came since this process began is acted on first. Under nohup SIGHUP stays ignored.
+        self._before, came = early_signals.replace(_ignore)
+        self._record_signals(bytes(came))
+        if self._signals:
+            self._abort(None)
         self._thread.start()
         return self
 
@@ -90,7 +103,8 @@ class Supervisor:
         with StatusBoard(folder) as board:
             with self._lock:
                 self._board, self._signals_sent, self._noted = board, {}, 0
-                self._failed_at, self.killed = None, set()
+                self._failed_at, self.killed, self._ends = None, set(), {}
+                self._begun = True
             try:
                 yield
             finally:
@@ -101,6 +115,16 @@ class Supervisor:
         """Return rank -> status of every process that started, while they are supervised."""
         with self._lock:
             return {} if self._board is None else self._board.read()
+
+    def ends(self) -> dict[int, End]:
+        """Return rank -> end of every process that has ended by itself, while they are supervised.
+
+        Of one that did not write its exit code it is known when its end was seen.
+        """
+        with self._lock:
+            if self._board is not None:
+                self._note_ends(self._board.read())
+            return {rank: end for rank, end in self._ends.items() if rank not in self.killed}
 
     def wait(self, seconds: float) -> bool:
         """Sleep; return True as soon as a signal has arrived."""
@@ -114,8 +138,11 @@ class Supervisor:
 
             with self._lock:
                 if self._board is None:
+                    if self._signals and not self._begun:
+                        self._abort(None)
                     continue
                 statuses = self._board.read()
+                self._note_ends(statuses)
                 if self._signals and not statuses:
                     self._abort(self._board.folder)
                 if len(self._signals) > self._noted:
@@ -125,6 +152,15 @@ class Supervisor:
                     self._noted = len(self._signals)
                 self._forward(statuses)
                 self._kill_leftovers(statuses)
+
+    def _note_ends(self, statuses: dict[int, ProcessStatus]) -> None:
+        """Keep the first end of each process; one that torchrun has started again has none."""
+        for rank, status in statuses.items():
+            if status.is_alive:
+                self._ends.pop(rank, None)
+            else:
+                now = time.monotonic()
+                self._ends.setdefault(rank, End(status.code, status.ended_at or now))
 
     def _record_signals(self, numbers: bytes) -> None:
         """Record arriving signals; those that are not forwarded have handlers of their own."""
@@ -162,11 +198,12 @@ class Supervisor:
                 with suppress(ProcessLookupError):
                     os.kill(status.pid, signal.SIGKILL)
 
-    def _abort(self, folder: Path) -> None:
+    def _abort(self, folder: Path | None) -> None:
         """End a launch before any process has started.
 
-        There is nothing to save. Done in this thread, since the main thread may hang.
+        There is nothing to save. Done in the thread, since the main thread may hang.
         """
+        asked = self.alone or self.first_signal != signal.SIGTERM.name
         self._log(
             f"{self.first_signal}: asked to stop before any process had started; nothing was begun"
         )
@@ -179,8 +216,9 @@ class Supervisor:
             while descendants([os.getpid()]) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS / 2)
 
-        shutil.rmtree(folder, ignore_errors=True)
-        os._exit(EXIT_FAILED)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(EXIT_STOPPED if asked else EXIT_FAILED)
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

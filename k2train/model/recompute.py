@@ -27,8 +27,20 @@ from torch.autograd.graph import saved_tensors_hooks
 
 POLICIES = ("none", "selective", "full")
 
-Cheap = Callable[[Callable[[Tensor], Tensor], Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""`cheap(function, x, use)` is `use(function(x))`, but backward does not keep function's output."""
+
+class Cheap(Protocol):
+    """`cheap(function, x, use)` is `use(function(x))`, whose middle the backward may compute again.
+
+    `y` is the middle, where another function has made it together with x.
+    """
+
+    def __call__(
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        use: Callable[[Tensor], Tensor],
+        y: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 class Layer(Protocol):
@@ -68,15 +80,22 @@ def run_layer(layer: Layer, x: Tensor, policy: str, *args: Any) -> Tensor:
 
 
 def _keep(
-    function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    use: Callable[[Tensor], Tensor],
+    y: Tensor | None = None,
 ) -> Tensor:
-    return use(function(x))
+    return use(function(x) if y is None else y)
 
 
 def _recompute(
-    function: Callable[[Tensor], Tensor], x: Tensor, use: Callable[[Tensor], Tensor]
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    use: Callable[[Tensor], Tensor],
+    y: Tensor | None = None,
 ) -> Tensor:
-    y, source = function(x), x.detach().requires_grad_(x.requires_grad)
+    y = function(x) if y is None else y
+    source = x.detach().requires_grad_(x.requires_grad)
 
     def make() -> Tensor:
         # With gradients on, as it was called first: compiled, it would be another function without.

@@ -47,7 +47,7 @@ class Block(nn.Module):
         recompute: str = "none",
     ):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.add_norm = recompute, kernels.add_norm
         prefix = f"layers.{index}"
         self.attention_norm = RMSNorm(f"{prefix}.attention_norm.weight", a, tp, kernels.norm)
         self.attention = Attention(f"{prefix}.attention", a, tp, kernels)
@@ -64,8 +64,19 @@ class Block(nn.Module):
 
         Returns the residual [s(/tp), b, h], and gate and up [s, b, 2f/tp].
         """
-        x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
-        return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
+        add_norm = self.add_norm
+        if add_norm is None:
+            x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
+            return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
+
+        # The residual stream leaves each norm as it is: the norm's backward adds both gradients.
+        norm = self.attention_norm
+        x, y = add_norm(x, None, norm.weight, norm.eps)
+        attended = cheap(norm, x, lambda y: self.attention(y, rotary, mask), y)
+
+        norm = self.mlp_norm
+        x, y = add_norm(x, attended, norm.weight, norm.eps)
+        return x, cheap(norm, x, self.mlp.gate_up, y)
 
     def activate(self, x: Tensor) -> Tensor:
         """Apply the SwiGLU: [s, b, 2f/tp] -> [s, b, f/tp]."""
@@ -112,8 +123,8 @@ class Stage(nn.Module):
     ):
         super().__init__()
         self.architecture, self.tp = a, tp
-        self.fused_loss = kernels.loss == "fused"
-        self.product = kernels.product
+        self.fused_loss = kernels.loss != "reference"
+        self.product, self.softmax = kernels.product, kernels.softmax
         self.embedding = (
             VocabEmbedding("embedding.weight", a.vocab_size, a.hidden_size, tp, a.init_std)
             if first
@@ -207,7 +218,13 @@ class Stage(nn.Module):
         labels, vocabulary = self._labels(targets), self._vocabulary()
         if self.fused_loss:
             return fused_cross_entropy(
-                hidden, self.head.output.weight, labels, vocabulary, scale, product=self.product
+                hidden,
+                self.head.output.weight,
+                labels,
+                vocabulary,
+                scale,
+                product=self.product,
+                softmax=self.softmax,
             )
         return self._unfused_losses(hidden, labels, vocabulary).sum() * scale
 
@@ -221,7 +238,7 @@ class Stage(nn.Module):
         labels, vocabulary = self._labels(targets), self._vocabulary()
         if self.fused_loss:
             weight = self.head.output.weight
-            losses = position_losses(hidden, weight, labels, vocabulary, self.product)
+            losses = position_losses(hidden, weight, labels, vocabulary, self.product, self.softmax)
         else:
             losses = self._unfused_losses(hidden, labels, vocabulary)
         return losses.sum(dim=0, dtype=torch.float64)

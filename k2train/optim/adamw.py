@@ -15,6 +15,7 @@ Formula: Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2, as in torch.
 scaled by the rate).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from torch.optim.adamw import adamw
 from k2train.parallel.param_gather import ParamGather
 from k2train.parallel.shard import ParamSlice
 from k2train.parallel.shard_layout import Bucket, BufferSlot, ShardLayout
+from k2train.triton_kernels.load import load_adamw
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class _Rule:
 class ShardedAdamW:
     """Optimizer of the slices of one `ShardLayout`.
 
-    `kernel` is `fused` (torch's) or `reference` (written out here).
+    `kernel` is `fused` (torch's), `triton` (this project's) or `reference` (written out here).
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class ShardedAdamW:
         bucket_bytes: int | None = None,
     ):
         self.shard_layout, self.kernel = shard_layout, kernel
+        self._triton = _triton() if kernel == "triton" else None
         self.hyperparameters = hyperparameters
         self.master = torch.zeros(shard_layout.elements, device=device)
         self.exp_avg = torch.zeros_like(self.master)
@@ -125,16 +128,23 @@ class ShardedAdamW:
           was applied.
         - The gradient is used up.
         """
-        update, h = _fused if self.kernel == "fused" else _reference, self.hyperparameters
+        h = self.hyperparameters
         for bucket in self._buckets:
             part = slice(bucket.start, bucket.stop)
             # Slices without decay lie behind `decayed`, in buckets of their own.
             decay = h.weight_decay if bucket.start < self.shard_layout.decayed else 0.0
             rule = _Rule(self.adam_steps + 1, lr, h.betas, h.eps, decay, divisor, skip)
-            update(
-                self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part], rule
-            )
-            self._send(bucket)
+            state = self.master[part], gradient[part], self.exp_avg[part], self.exp_avg_sq[part]
+            if self._triton is None:
+                (_fused if self.kernel == "fused" else _reference)(*state, rule)
+                self._send(bucket)
+                continue
+
+            # It writes the rounded weights in the same pass, where they are on this rank only.
+            copy = self._weights if self._weights is not self.master else None
+            self._triton(*state, rule, copy if copy is None else copy[part])
+            if copy is None:
+                self._send(bucket)
 
     def count(self, applied: bool) -> None:
         """Count the last step, if it was applied."""
@@ -209,6 +219,19 @@ def _fused(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:
         eps=rule.eps,
         maximize=False,
     )
+
+
+def _triton() -> Callable[..., None]:
+    """Load the Triton kernel, which takes a rule and the tensor of the rounded weights."""
+    kernel = load_adamw()
+
+    def update(
+        p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule, copy: Tensor | None
+    ) -> None:
+        numbers = (rule.t, rule.lr, rule.betas, rule.eps, rule.decay)
+        kernel(p, g, m, v, *numbers, rule.divisor, rule.skip, copy)
+
+    return update
 
 
 def _reference(p: Tensor, g: Tensor, m: Tensor, v: Tensor, rule: _Rule) -> None:

@@ -2,7 +2,7 @@
 
 - Every rank adds the square sum of its rows of each slice into an fp64 vector with one entry per
   global tensor. The vector is summed over the ranks of a stage, then over stages, and added up in
-  the order of the forward pass.
+  an order that no layout changes (`_ordered_sum`).
 - Other stages contribute exact zeros, so no bit of the result depends on the pipeline degree. Data-
   and tensor-parallel ranks each hold different rows. A tensor that all tensor-parallel ranks hold
   is counted by the first.
@@ -189,9 +189,7 @@ def decide_step(
     all_reduce(totals, stage)
     all_reduce(totals, pp)
 
-    # cumsum fixes the order of the additions: that of the forward pass.
-    total = totals[: len(names)].cumsum(0)[-1]
-    norm = total.sqrt()
+    norm = _ordered_sum(totals[: len(names)]).sqrt()
     divisor = (
         torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
     ).float()
@@ -200,3 +198,12 @@ def decide_step(
     usable = (norm / divisor <= LARGEST_NORM) & torch.isfinite(divisor)
     skip = (~(usable & torch.isfinite(totals[len(names)]))).float()
     return StepDecision(names, totals, norm, divisor, skip)
+
+
+def _ordered_sum(values: Tensor) -> Tensor:
+    """Sum of fp64 [n], a scalar, by additions in an order that every rank has and no run changes.
+
+    On a CPU that is the order of the forward pass. On a device it follows from n: cumsum has no
+    deterministic form there, and ranks that decide differently would part for good.
+    """
+    return values.cumsum(0)[-1] if values.device.type == "cpu" else values.sum()

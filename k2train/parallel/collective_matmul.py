@@ -30,7 +30,7 @@ from k2train.parallel.collectives import (
     all_reduce_start,
     reduce_scatter_start,
 )
-from k2train.parallel.grad_accumulation import add_product
+from k2train.parallel.grad_accumulation import add_product, gradient_sums
 from k2train.parallel.grid import Axis
 from k2train.parallel.symmetric_memory import (
     gather_multiply,
@@ -64,6 +64,10 @@ class Product:
     def add_weight_gradient(self, into: Tensor, dy: Tensor, x: Tensor) -> None:
         """Add dy^T x to `into` [rows, columns], fp32: dy [n, rows], x [n, columns]."""
         add_product(into, dy, x)
+
+    def gradient_sums(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Return how `add_weight_gradient` adds, with factors of `dtype`, for the kernels line."""
+        return gradient_sums(device, dtype)
 
     def check(self, name: str, rows: int, columns: int) -> None:
         """Raise ConfigError when a weight of this local shape cannot be multiplied this way."""
@@ -158,6 +162,6 @@ def choose_collective_matmul(axis: Axis, product: Product | None) -> CollectiveM
     if axis.size == 1:
         return CollectiveMatmul(axis, product)
     if axis.symmetric:
-        require_symmetric_memory(axis.size, axis.sequence, type(product) is Product)
+        require_symmetric_memory(axis, type(product) is Product)
         return Symmetric(axis, product)
     return (Split if axis.sequence else Replicated)(axis, product)

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
+from k2train.parallel.own_time import OwnTime
+
 
 class CommTracker:
     """Collectives and transfers of one rank. Written by the training thread, read by any thread.
@@ -26,15 +28,20 @@ class CommTracker:
     - `broken`: name of the first collective that raised, else "". A peer is gone, or the backend
       gave up.
     - `cells[0]`: a copy of `count`. The watchdog puts memory there that outlives the process.
+    - `own_time`: told when an exchange begins and ends, so that it times the work between them.
     """
 
-    __slots__ = ("_began", "blocked_seconds", "broken", "cells", "count", "current", "last")
+    __slots__ = (
+        *("_began", "blocked_seconds", "broken", "cells", "count", "current", "last"),
+        "own_time",
+    )
 
     def __init__(self) -> None:
         self.count = 0
         self.current = self.last = self.broken = ""
         self.blocked_seconds = self._began = 0.0
         self.cells: list[int] | memoryview[int] = [0]
+        self.own_time: OwnTime | None = None
 
     def collective(self, name: str) -> "CommTracker":
         """Context of a new collective or transfer, such as `all-reduce tp`. Must not be nested."""
@@ -49,6 +56,8 @@ class CommTracker:
         return self
 
     def __enter__(self) -> None:
+        if self.own_time is not None:
+            self.own_time.block()
         self._began = time.perf_counter()
 
     def __exit__(
@@ -61,6 +70,8 @@ class CommTracker:
         if kind is not None:
             self.broken = self.broken or self.current
         self.current = ""
+        if self.own_time is not None:
+            self.own_time.resume()
 
     def position(self) -> tuple[int, str, str, float]:
         """Return (count, current, last, blocked_seconds) for the watchdog."""

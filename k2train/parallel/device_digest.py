@@ -154,7 +154,10 @@ class StateRoot:
 
 
 class RootAllReduce:
-    """Computes the root of the whole state with one all-reduce over `group` (None: all ranks)."""
+    """Computes the root of the whole state with one all-reduce of host tensors.
+
+    `group` is a gloo group of all ranks; None: the default group, which is one on a CPU.
+    """
 
     def __init__(
         self,
@@ -167,7 +170,8 @@ class RootAllReduce:
     def __call__(self, shards: Mapping[str, Tensor], step: int, adam_steps: int) -> StateRoot:
         """Return the root of fp32 `shards` by state, on every rank. Collective."""
         local_sums = self.digest.sums(shards)
-        summed = local_sums.clone()
+        # On the host, where they are read: a group of devices would need a communicator for this.
+        summed = local_sums.to("cpu", copy=True)
         with collective_scope(self.comm, "all-reduce of the root of the state"):
             dist.all_reduce(summed, group=self.group)
         digests = self.digest.digests(summed)
@@ -213,7 +217,8 @@ class StateAudit:
             return None
 
         # For each row the rank that found a change, counted from 1. The highest rank is reported.
-        changed = (self.digest.sums(shards) != kept).any(dim=1).long() * (dist.get_rank() + 1)
+        found_here = (self.digest.sums(shards) != kept).any(dim=1).cpu()
+        changed = found_here.long() * (dist.get_rank() + 1)
 
         with collective_scope(self.comm, "all-reduce of changes of the state"):
             dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)

@@ -6,6 +6,8 @@
   only returns them.
 - The price: the matrix's gradient is computed in the forward pass, so a schedule cannot defer it.
   The incoming gradient must be exactly 1.
+- The softmax of a strip can be another function with the same arguments (`softmax`): one pass of a
+  Triton kernel that needs no fp32 copy of a bf16 strip.
 - The gradient of the logits is (probability - label) x factor. The factor, times the rank's share
   of the row's probability, is one number per row. It scales rows of the two small matrices [n, h],
   not of the large one [n, v].
@@ -18,6 +20,7 @@ Source: the gradient in the forward pass, in strips: Hsu et al. 2024 (arXiv:2410
 "FusedLinearCrossEntropy".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,24 +37,12 @@ from k2train.parallel.collectives import (
 from k2train.parallel.cross_entropy import IGNORE, VocabShard, refuse_bad_labels
 from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grid import Axis
-from k2train.plan.memory import STRIP_BYTES, STRIP_ROWS
+from k2train.plan.memory import strip_rows
 
 BAND_BYTES = 2 * 2**20
 """fp32 copy of a part of a bf16 strip on a CPU. It stays in the cache during the passes over it."""
 SMALLEST_SHARE = 1e-20
 """Lower bound of a rank's share of a row's probability, so that its inverse is finite."""
-
-
-def strip_rows(rows: int, width: int, device: str) -> int:
-    """Rows per strip of logits [rows, width]: what STRIP_BYTES holds, at least STRIP_ROWS, evenly.
-
-    Measured on two cores, hidden 256, vocabulary 8192, 1 thread: the three products of 1024 rows
-    take 186 ms in strips of 32, 159 of 128, 153 of 256, 148 of 512 and 142 of 1024 (bf16: 75, 42,
-    35, 34, 35).
-    """
-    most = max(STRIP_ROWS[device], STRIP_BYTES[device] // (4 * max(width, 1)))
-    strips = max(1, -(-rows // most))
-    return max(1, -(-rows // strips))
 
 
 def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,6 +106,10 @@ def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tenso
     return whole + (peak - label_logits.sum(dim=0)), share
 
 
+Softmax = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Arguments and results as of `_softmax_`."""
+
+
 @dataclass(frozen=True)
 class _Strips:
     """How the strips of one loss are computed; `rows` at a time."""
@@ -123,6 +118,7 @@ class _Strips:
     scale: float
     rows: int
     product: Product
+    softmax: Softmax
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -173,6 +169,7 @@ class _StripLoss:
     ):
         v = strips.vocabulary
         self.v, self.strip, self.product, self.shape = v, strips.rows, strips.product, x.shape
+        self.softmax = strips.softmax
         self.x, self.weight = x.flatten(0, 1), weight.narrow(0, 0, v.width)
 
         flat = labels.reshape(-1)
@@ -209,7 +206,7 @@ class _StripLoss:
             out = None if buffer is None else buffer[: part.stop - begin]
             strip = self.product.multiply(self.x[part], self.weight.t(), gradient=False, out=out)
 
-            stats, label_probability = _softmax_(strip, self.index[part])
+            stats, label_probability = self.softmax(strip, self.index[part])
             # The one collective per strip.
             losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
             if self.dx is not None or self.accumulator is not None:
@@ -269,6 +266,7 @@ def fused_cross_entropy(
     scale: float,
     strip: int | None = None,
     product: Product | None = None,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Fused cross entropy: `scale` times the summed loss, a scalar in fp32. Collective.
 
@@ -280,11 +278,12 @@ def fused_cross_entropy(
     - `strip` is the number of rows at a time, by default `strip_rows`. It is the same in every
       pipeline layout, so that no bit depends on it.
     - `product` multiplies where it is exact; None: torch does.
+    - `softmax` turns a strip into probabilities; None: torch's operators do.
 
     Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (on a CPU;
     see `k2train.parallel.cross_entropy`) before any gradient is added.
     """
-    strips = _strips_of(labels, vocabulary, scale, strip, product)
+    strips = _strips_of(labels, vocabulary, scale, strip, product, softmax)
     return _FusedCrossEntropy.apply(hidden, weight, labels, strips, torch.is_grad_enabled())
 
 
@@ -295,12 +294,13 @@ def position_losses(
     labels: Tensor,
     vocabulary: VocabShard,
     product: Product | None = None,
+    softmax: Softmax | None = None,
 ) -> Tensor:
     """Return the loss of each position, fp32 [s, b], without gradients. Collective.
 
     Arguments and labels as in `fused_cross_entropy`, which adds these numbers. Raises DataError.
     """
-    strips = _strips_of(labels, vocabulary, 1.0, None, product)
+    strips = _strips_of(labels, vocabulary, 1.0, None, product, softmax)
     x = all_gather(hidden, vocabulary.tp) if vocabulary.tp.sequence else hidden
     losses = _StripLoss(x, weight, labels, strips, wants_x=False, wants_weight=False).run()
     return losses.view(labels.shape)
@@ -312,6 +312,7 @@ def _strips_of(
     scale: float,
     strip: int | None,
     product: Product | None,
+    softmax: Softmax | None,
 ) -> _Strips:
     """Decide how the strips are computed. Raises DataError for a label outside the vocabulary."""
     refuse_bad_labels(labels, vocabulary.size)
@@ -322,4 +323,4 @@ def _strips_of(
 
     if product is None or not product.exact:
         product = Product()
-    return _Strips(vocabulary, scale, strip, product)
+    return _Strips(vocabulary, scale, strip, product, softmax or _softmax_)

@@ -18,41 +18,70 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+IN_PLACE, ROUNDED = "fp32 in place", "rounded"
+"""How products of weight gradients get into their fp32 sums, as the kernels line says it."""
+
 
 def add_product(into: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add dy^T x to `into` [rows, columns]: dy [n, rows], x [n, columns].
 
-    No temporary where the device allows it.
-
-    A CPU cannot add a product of bf16 factors into fp32. There the product of one call is rounded
-    to bf16 first.
+    No temporary where the device allows it, see `gradient_sums`.
     """
     if dy.dtype == into.dtype:
         into.addmm_(dy.t(), x)
     elif _adds_into_fp32(into.device, dy.dtype):
-        torch.addmm(into, dy.t(), x, out_dtype=torch.float32, out=into)
+        _add_into_fp32(into, dy, x)
     else:
         into.add_(dy.t() @ x)
 
 
+def gradient_sums(device: torch.device, dtype: torch.dtype) -> str:
+    """Return how `add_product` adds products of factors of `dtype` into fp32 sums on a device.
+
+    `IN_PLACE`, or `ROUNDED`: the product of one call is rounded to `dtype` first, as on a CPU in
+    bf16. Found out once a process, at build, because it decides over bits. Raises what the device
+    raises, unless that means that it cannot.
+    """
+    in_place = dtype == torch.float32 or _adds_into_fp32(device, dtype)
+    return IN_PLACE if in_place else ROUNDED
+
+
+def _add_into_fp32(into: Tensor, dy: Tensor, x: Tensor) -> None:
+    torch.addmm(into, dy.t(), x, out_dtype=torch.float32, out=into)
+
+
+TRIAL_ROWS, TRIAL_COLUMNS = 256, 16
+
+
 @cache
 def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch can add a product of this dtype into an fp32 sum on this device.
+    """Whether torch can add a product of this dtype into an fp32 sum on this device, unrounded.
 
-    Older versions need one dtype.
+    A CPU cannot, older versions of torch and devices neither.
     """
-    if device.type == "cpu":
-        return False
-    total, factor = (
-        torch.ones(16, 16, device=device),
-        torch.ones(16, 16, dtype=dtype, device=device),
-    )
-    try:
-        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
-    except (RuntimeError, TypeError):
+    if device.type != "cuda":
         return False
 
-    return True
+    total = torch.ones(TRIAL_COLUMNS, TRIAL_COLUMNS, device=device)
+    dy, x = (torch.ones(TRIAL_ROWS, TRIAL_COLUMNS, dtype=dtype, device=device) for _ in range(2))
+    # The product is 257, which bf16 would round to 256.
+    x[0] = 2.0
+    try:
+        _add_into_fp32(total, dy, x)
+    except (RuntimeError, TypeError) as error:
+        if not _means_unsupported(error):
+            raise
+        return False
+
+    return bool((total == TRIAL_ROWS + 2).all())
+
+
+def _means_unsupported(error: RuntimeError | TypeError) -> bool:
+    """Whether an error says that a product cannot be added this way here, and nothing else."""
+    if isinstance(error, NotImplementedError):
+        return True
+    words = ("out_dtype",) if isinstance(error, TypeError) else ("NOT_SUPPORTED", "out_dtype")
+    return any(word in str(error) for word in words)
 
 
 class GradAccumulator:

@@ -1,11 +1,21 @@
 """Process grid: a Layout plus communication groups and a device.
 
 - Passed as an argument, never global.
-- The DeviceMesh has the axes (pp, tp, dp). Tensor precedes data, so that one DTensor describes an
-  optimizer shard: tensor-parallel slice first, then rows over data-parallel ranks.
 - Ranks are numbered by the Layout (tp innermost).
+- A rank makes the groups that it is in, and no others: a group along each axis, two gloo groups of
+  all ranks. Axes with the same ranks share a group.
+- A gloo group connects each of its ranks with each other one. So the groups along the axes get
+  gloo only where tensors are in host memory (`plan.connections` counts the sockets).
 - A world of one gets a process group too: there is one code path, and `size == 1` turns a
   collective into a no-op.
+
+Alternatives considered:
+- DeviceMesh: every rank makes every group of the world, 216 of them for 480 ranks, each behind a
+  barrier of all ranks, with gloo beside NCCL.
+- gloo's connections at first use (TORCH_GLOO_LAZY_INIT): a rank that dies before them can leave
+  others in a connection that has no timeout (pytorch/gloo#520).
+- `device_id` for the default group: unbatched sends and receives would then share its communicator
+  with everything else in it, one after the other (pytorch#154132).
 """
 
 from dataclasses import dataclass, field
@@ -13,12 +23,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import distributed_c10d as c10d
 
 from k2train.errors import ConfigError
-from k2train.launch.environment import Launch, store_file
+from k2train.launch.environment import (
+    RANKS_PER_DEVICE,
+    Launch,
+    read_ranks_per_device,
+    store_file,
+)
 from k2train.parallel.comm_tracker import CommTracker
-from k2train.plan.layout import Coordinate, Layout
+from k2train.plan.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -51,8 +66,12 @@ class Axis:
 SINGLE = {name: Axis(name, 1, 0, None) for name in ("pp", "dp", "tp", "stage")}
 
 
+HOST_TIMEOUT = timedelta(minutes=60)
+"""Longest wait in a group of host tensors: rank 0 may read or write files meanwhile."""
+
+
 class ProcessGrid:
-    """Layout, DeviceMesh and device of this process.
+    """Layout, process groups and device of this process.
 
     Axes: `tp`, `dp`, `pp`, and `stage` (tp x dp of one pipeline rank). Construction is collective.
     """
@@ -72,44 +91,36 @@ class ProcessGrid:
         Users of `host` count their own collectives; the saving thread's are not counted.
         """
 
-        ranks = torch.empty(layout.pipeline, layout.tensor, layout.data, dtype=torch.int)
-        for pp in range(layout.pipeline):
-            for tp in range(layout.tensor):
-                for dp in range(layout.data):
-                    ranks[pp, tp, dp] = layout.rank(Coordinate(pp=pp, dp=dp, tp=tp))
+        default = dist.group.WORLD
+        assert default is not None, "the default group exists"
+        self._groups = {tuple(range(layout.world_size)): default}
+        """Groups of this rank by their ranks; an axis that spans the world has the default group.
+        """
+        self.tp = self._axis("tp")
+        self.dp = self._axis("dp")
+        self.pp = self._axis("pp")
+        self.stage = self._axis("stage")
 
-        self.mesh = DeviceMesh(device.type, ranks, mesh_dim_names=("pp", "tp", "dp"))
-        self.stage_mesh = self.mesh["tp", "dp"]
-
-        # The same mesh on the CPU, for tensors that never reach the accelerator.
-        host = (
-            self.mesh
-            if device.type == "cpu"
-            else DeviceMesh("cpu", ranks, mesh_dim_names=("pp", "tp", "dp"))
-        )
-        self.host_mesh = host["tp", "dp"]
-        """(tp, dp) mesh of this pipeline rank for tensors in host memory."""
-
-        self.tp = self._axis("tp", layout.tensor, self.coordinate.tp)
-        self.dp = self._axis("dp", layout.data, self.coordinate.dp)
-        self.pp = self._axis("pp", layout.pipeline, self.coordinate.pp)
-
-        stage_size = layout.tensor * layout.data
-        stage_rank = self.coordinate.tp * layout.data + self.coordinate.dp
-        flat = self.stage_mesh._flatten("stage").get_group() if stage_size > 1 else None
-        self.stage = Axis("stage", stage_size, stage_rank, flat, comm=self.comm)
-
-        self.host = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
+        self.host = _host_group(default)
         """gloo group of all ranks, for everything that is not a training collective."""
-        self.background = dist.new_group(backend="gloo", timeout=timedelta(minutes=60))
+        self.background = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
         """A second gloo group for the saving thread.
 
-        Two threads on one group would mix up each other's collectives.
+        Two threads on one group would mix up each other's collectives: gloo numbers them in the
+        order in which a rank begins them, and the threads of two ranks need not take turns alike.
         """
 
-    def _axis(self, name: str, size: int, rank: int) -> Axis:
-        group = self.mesh[name].get_group() if size > 1 else None
-        return Axis(name, size, rank, group, comm=self.comm)
+    def _axis(self, name: str) -> Axis:
+        """Make this rank's group along an axis, of the default group's backend; collective."""
+        ranks = self.layout.peers(self.rank, name)
+        group = None
+        if len(ranks) > 1:
+            group = self._groups.get(ranks)
+            if group is None:
+                # Without a barrier of the world: every rank makes its groups in this order.
+                group = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=name)
+                self._groups[ranks] = group
+        return Axis(name, len(ranks), ranks.index(self.rank), group, comm=self.comm)
 
     def __str__(self) -> str:
         c = self.coordinate
@@ -122,26 +133,43 @@ class ProcessGrid:
 def choose_device(launch: Launch) -> torch.device:
     """Return the accelerator of this local rank, or the CPU where there is none.
 
-    Raises ConfigError when the local rank has no CUDA device of its own.
+    With K2TRAIN_RANKS_PER_DEVICE consecutive local ranks share one. Raises ConfigError when there
+    is no CUDA device for the local rank.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if launch.local_rank >= torch.cuda.device_count():
+    shared, visible = read_ranks_per_device(), torch.cuda.device_count()
+    index = launch.local_rank // shared
+    if index >= visible:
+        own = "a CUDA device of its own"
+        needs = own if shared == 1 else f"device {index} ({shared} ranks each)"
         raise ConfigError(
-            f"LOCAL_RANK ({launch.local_rank}) needs a CUDA device of its own, "
-            f"{torch.cuda.device_count()} are visible; lower --nproc-per-node"
+            f"LOCAL_RANK ({launch.local_rank}) needs {needs}, {visible} are visible; lower "
+            f"--nproc-per-node, or raise {RANKS_PER_DEVICE} to share devices (slow, for checks)"
         )
-    return torch.device("cuda", launch.local_rank)
+    return torch.device("cuda", index)
+
+
+def _host_group(default: dist.ProcessGroup) -> dist.ProcessGroup:
+    """Return a gloo group of all ranks: `default` where it takes host tensors. Collective."""
+    if "cpu:gloo" not in c10d.get_backend_config(default):
+        return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    # Made with a shorter limit, which is for ranks that never come.
+    c10d._set_pg_timeout(HOST_TIMEOUT, default)
+    return default
 
 
 def start_process_group(
     launch: Launch, device: torch.device, timeout_seconds: float = 600.0
 ) -> None:
-    """Create the default process group: gloo on CPU; on CUDA NCCL, with gloo for host tensors.
+    """Create the default process group: gloo on CPU, NCCL on CUDA. Collective.
 
-    Collective.
+    Groups along the axes take its backend. Where ranks share a device, gloo for both: it copies
+    through host memory, and has no transfers between two ranks, so a pipeline needs a device each.
     """
-    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    if device.type == "cuda" and read_ranks_per_device() > 1:
+        backend = "cpu:gloo,cuda:gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -160,11 +188,12 @@ def start_process_group(
     )
 
 
-def stop_process_group() -> None:
-    """Destroy the process group after a barrier. Collective.
+def stop_process_group(host: dist.ProcessGroup | None = None) -> None:
+    """Destroy the process group after a barrier, in `host` if there is one. Collective.
 
-    On gloo a rank that leaves early makes the others abort at exit.
+    On gloo a rank that leaves early makes the others abort at exit. The grid's `host` spares NCCL
+    a communicator of all ranks, which nothing else needs.
     """
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=host)
         dist.destroy_process_group()

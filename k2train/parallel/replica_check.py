@@ -91,9 +91,9 @@ class ReplicaCheck:
         }
 
         # One number decides whether ranks need to exchange any text.
-        flag = torch.tensor([len(named)], dtype=torch.int64, device=self.grid.device)
+        flag = torch.tensor([len(named)], dtype=torch.int64)
         with collective_scope(self.grid.comm, "all-reduce of differing copies"):
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.grid.host)
 
         if not int(flag):
             return None

@@ -51,6 +51,7 @@ class ActivationSpec:
     device: str = "cuda"
     attention: str = "flash"
     matmul: str = "torch"
+    loss: str = "fused"
     """Kernels in use, by their config names."""
     block: bool = False
     """Whether attention stops at document borders."""

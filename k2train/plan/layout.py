@@ -131,6 +131,20 @@ class Layout:
             )
         return (coordinate.pp * self.data + coordinate.dp) * self.tensor + coordinate.tp
 
+    def peers(self, rank: int, axis: str) -> tuple[int, ...]:
+        """Return the world ranks of `rank`'s group along an axis, ascending, itself among them.
+
+        `axis` is one of `AXES`, or `stage`: all ranks of its pipeline rank. Unlike `groups` it
+        takes no step for every rank of the world.
+        """
+        stage = self.tensor * self.data
+        if axis == "stage":
+            first = rank - rank % stage
+            return tuple(range(first, first + stage))
+        stride = {"tp": 1, "dp": self.tensor, "pp": stage}[axis]
+        first = rank - getattr(self.coordinate(rank), axis) * stride
+        return tuple(range(first, first + self.degree(axis) * stride, stride))
+
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Return every group along one axis, as world ranks ordered by their index on that axis.
 

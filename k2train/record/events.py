@@ -26,14 +26,21 @@ class Takeover:
 
 
 class Starting(Event, name="starting"):
-    """A start begins, before anything that can fail; 0, or the step it resumes from."""
+    """A start begins, before anything that can fail; 0, or the step it resumes from.
+
+    `settings`: on an accelerator the environment variables of device and allocator.
+    """
 
     attempt: int
     step: int
+    settings: dict[str, Any] | None = None
 
 
 class Started(Event, name="started"):
-    """A run or stage begins at step 0."""
+    """A run or stage begins at step 0.
+
+    `deterministic`: whether its kernels give the same bits every time, as in `resumed`.
+    """
 
     attempt: int
     run: str
@@ -44,6 +51,7 @@ class Started(Event, name="started"):
     chunks: int
     parameters: int
     kernels: str
+    deterministic: bool | None = None
     memory: str | None = None
     data_manifest_sha256: str
     data_content_sha256: str | None = None
@@ -70,6 +78,7 @@ class Resumed(Event, name="resumed"):
     layout: str
     world_size: int
     kernels: str | None = None
+    deterministic: bool | None = None
     memory: str | None = None
     config_changes: tuple[str, ...]
     allowed: tuple[str, ...] | None = None

@@ -26,7 +26,7 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.fault_injection import point
 from k2train.record.event import Event
-from k2train.record.events import E, Entry, Faults, of_kind, parse_entry
+from k2train.record.events import E, Entry, Faults, Resumed, Started, of_kind, parse_entry
 from k2train.record.jsonl import append_bytes, encode_line, parse_line, read_lines, truncate
 from k2train.record.ledger_head import LedgerHead, remedy, write_head
 from k2train.record.line_check import CHECK_KEY, checked_rows, with_check
@@ -50,6 +50,18 @@ def fault_notes(entries: Iterable[Entry]) -> list[str]:
         f"attempt {attempt} had faults on purpose: {'; '.join(armed.get(attempt, ['unknown']))}"
         + (f"; changed: {'; '.join(changed[attempt])}" if attempt in changed else "")
         for attempt in sorted({*armed, *changed})
+    ]
+
+
+def run_notes(entries: Iterable[Entry]) -> list[str]:
+    """Say what a reader of a run must know: faults made on purpose, and bits that do not repeat."""
+    read = list(entries)
+    starts: list[Started | Resumed] = [*of_kind(read, Started), *of_kind(read, Resumed)]
+    loose = [start.attempt for start in starts if start.deterministic is False]
+    return fault_notes(read) + [
+        f"attempt {attempt} computed with kernels.deterministic false: sums had no fixed order, so "
+        "another run of the same record may differ by rounding, from the first step on"
+        for attempt in sorted(loose)
     ]
 
 

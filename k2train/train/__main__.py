@@ -7,7 +7,7 @@
 - Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request after saving,
   run the same command again; 130 a second Ctrl-C; 1 any other failure.
 - A signal during a start ends it at once, with 75: there is nothing to save yet. A signal by which
-  a launcher ends what is left of a failed start gives 1.
+  a launcher ends what is left of a failed start gives 1, and of a refused one 2.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from k2train import fault_injection, retry
+from k2train import early_signals, fault_injection, retry
 from k2train.command_line import (
     Parser,
     locale_problem,
@@ -33,6 +33,7 @@ from k2train.errors import (
     EXIT_INTERRUPTED,
     EXIT_STOPPED,
     EXIT_USAGE,
+    AnotherRefusedError,
     UnavailableError,
     UserError,
 )
@@ -41,16 +42,22 @@ from k2train.guard.stop_signals import StopAsked, StopRequest
 from k2train.launch.environment import (
     ANOTHER_FAILED,
     Launch,
+    another_has_refused,
+    means_to_save,
     read_faults,
     read_launch,
     was_asked_to_stop,
     write_status,
 )
+from k2train.launch.environment_defaults import set_environment_defaults
+from k2train.launch.limits import require_open_files
+from k2train.plan.connections import connections
 from k2train.record.system_info import job_facts, slurm_job_ended
 from k2train.retry import exists_retried
 from k2train.run_lock.lock import RunLock
 from k2train.text import counted
 from k2train.train.held_out_sets import held_out_sets
+from k2train.train.machine import has_accelerator
 from k2train.train.preflight import Start, check_data, prepare_start, run_directory
 from k2train.train.start_notes import bf16_note, evaluation_note
 
@@ -73,37 +80,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _outcome(options: argparse.Namespace) -> tuple[int, bool]:
     """Run a command; return the exit code, and whether to leave without the usual exit."""
     launch = Launch(0, 1, 0, launched=False)
-    code, at_once = EXIT_FAILED, False
+    code, at_once, reason = EXIT_FAILED, False, ""
     stop = StopRequest()
 
     try:
         if not options.explain:
-            stop.install().begin_start()
+            stop.install()
+        elif early_signals.take():
+            raise KeyboardInterrupt
+        # What a signal means depends on it.
         launch = read_launch()
         write_status(launch.rank, None)
         if options.explain:
             _explain(options.config, options.overrides)
             code = EXIT_DONE
         else:
+            stop.begin_start()
             code = _train(options.config, options.overrides, launch, stop)
     except UserError as error:
         stop.restore()
-        code = report_error(error, launch)
+        code, at_once = report_error(error, launch), launch.world_size > 1
+    except AnotherRefusedError:
+        code, at_once = EXIT_USAGE, True
     except UnicodeEncodeError as error:
         stop.restore()
         if not (problem := locale_problem(error)):
             raise
-        code = report_error(UserError(problem), launch)
+        code, at_once = report_error(UserError(problem), launch), launch.world_size > 1
     except UnavailableError as error:
         stop.restore()
         report_error(error, launch)
         code = EXIT_FAILED
     except StopAsked as asked:
-        code, at_once = _ended_start(asked, launch), launch.world_size > 1
-    except KeyboardInterrupt:
+        code, at_once, reason = _ended_start(asked, launch), launch.world_size > 1, str(asked)
+    except KeyboardInterrupt as interrupt:
         code, at_once = EXIT_INTERRUPTED, True
-        if launch.local_rank == 0:
-            _say(f"interrupted: ended without saving; {CONTINUE}")
+        if launch.rank == 0:
+            _say(f"{interrupt or 'interrupted'}; {CONTINUE}")
     except OSError as error:
         stop.restore()
         # Any other call that the environment refused, too, is worth another start.
@@ -114,14 +127,20 @@ def _outcome(options: argparse.Namespace) -> tuple[int, bool]:
         report_error(UnavailableError(f"{error.filename or 'a file'}: {error.strerror}"), launch)
         code = EXIT_FAILED
     finally:
-        write_status(launch.rank, code)
+        write_status(launch.rank, code, reason=reason)
         stop.restore()
     return code, at_once
 
 
 def _ended_start(asked: StopAsked, launch: Launch) -> int:
-    """Say on rank 0 why a signal or a STOP file ended the start; return the exit code."""
+    """Say on rank 0 why a signal or a STOP file ended the start; return the exit code.
+
+    A rank that a launcher ends because another one has refused the start ends like that one, which
+    says why.
+    """
     requested = was_asked_to_stop(str(asked))
+    if not requested and another_has_refused():
+        return EXIT_USAGE
     if launch.rank == 0:
         _say(
             f"stopped on request ({asked}) before the first step; {CONTINUE}"
@@ -138,9 +157,11 @@ def _say(text: str) -> None:
 def report_error(error: UserError | UnavailableError, launch: Launch) -> int:
     """Print an error on stderr and return the exit code of a user's.
 
-    Rank 0 prints at once. Another rank prints only if the launcher has not ended it by then.
+    Rank 0 prints at once. Another rank prints only if the launcher has not ended it by then; that
+    launcher is told before.
     """
     if launch.rank != 0:
+        write_status(launch.rank, EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED)
         time.sleep(OTHER_RANKS_DELAY_SECONDS)
     prefix = f"rank {launch.rank}: " if launch.rank else ""
     print(
@@ -200,7 +221,7 @@ def _explain(path: str, overrides: Sequence[str]) -> None:
 
 def _train(path: str, overrides: Sequence[str], launch: Launch, stop: StopRequest) -> int:
     # One rank confirms a signal.
-    stop.announce = launch.rank == 0
+    stop.announce, stop.means_to_save = launch.rank == 0, means_to_save
     config = load_config(path, overrides)
     retry.tell_only(launch.local_rank == 0)
     fault_injection.require_permission(read_faults(), config.run.allow)
@@ -232,6 +253,11 @@ def _train(path: str, overrides: Sequence[str], launch: Launch, stop: StopReques
 
 
 def _run(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) -> int:
+    device_type = "cuda" if has_accelerator() else "cpu"
+    require_open_files(connections(start.layout, device_type).files, launch.world_size)
+    # Before torch, which reads them once.
+    deterministic = start.setup.config.kernels.deterministic
+    set_environment_defaults(launch.world_size, deterministic)
     # An error raised in the midst of torch's import aborts the process.
     with stop.held():
         trainer = importlib.import_module("k2train.train.run")

@@ -26,7 +26,7 @@ from k2train.checkpoint.manifest import (
 )
 from k2train.checkpoint.run_facts import ForwardAnswer, HeldOutFacts, LayoutFacts, RunIdentity
 from k2train.checkpoint.save_events import SaveEvents, SavePolicy
-from k2train.checkpoint.writer import CheckpointWriter
+from k2train.checkpoint.writer import CheckpointWriter, named
 from k2train.data.held_out import OWN
 from k2train.errors import CheckpointError
 from k2train.guard.failure_history import SaveCost
@@ -286,6 +286,7 @@ class CheckpointManager(SaveEvents):
 
     def committed(self, path: Path, manifest: CheckpointManifest) -> None:
         self.monitor.saved(path.name)
+        self.writer.newest = named(path.name, manifest.step)
         self._took = time.monotonic() - self._began
         stalled = self._stalled if self.config.checkpoint.asynchronous else None
         if stalled is not None:

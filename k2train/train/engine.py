@@ -4,6 +4,7 @@
 - Reads and writes no files, so tests and tools can run steps of any layout directly.
 - A step takes micro-batches and a learning rate. With `data.cross_documents: block` the
   micro-batches hold the document index of each token.
+- With deterministic kernels on a GPU it computes in torch's strict mode.
 - Every rank decides whether to apply or skip a step from the same sums, so all decide alike.
 """
 
@@ -18,28 +19,30 @@ from torch import Tensor
 from k2train import fault_injection
 from k2train.data.loader import MicroBatch
 from k2train.fault_injection import VALUES
+from k2train.launch.environment import cores_of_process
 from k2train.model.architecture import Architecture
 from k2train.model.initialize import attach_rotary, initialize, materialize
-from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.transformer import Stage, activation_shape
 from k2train.optim.adamw import Hyperparameters, ShardedAdamW
 from k2train.optim.grad_norm import SquareSums, StepDecision, decide_step
 from k2train.parallel.collectives import all_reduce
 from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grad_buffer import GradientBuffer
-from k2train.parallel.grid import Axis, ProcessGrid
+from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.pipeline import Executor
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Op, Program, insert_transfers
+from k2train.train.axes import axes_of, unconnected
 from k2train.train.fault_values import (
     inject_gradient_fault,
     inject_output_fault,
     inject_state_fault,
 )
 from k2train.train.setup import Setup
+from k2train.train.setup_kernels import DTYPES, kernels_of
+from k2train.train.strict_mode import prepare_strict_mode, strict_mode
 
 _OWN_LABELS = "with labels of their own the number of targets does not follow from the config"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -56,42 +59,6 @@ class StepResult:
     """Value faults that some rank made on purpose in this step, by their name."""
 
 
-def kernels_of(setup: Setup, device: torch.device | None = None) -> Kernels:
-    """Return the kernels of a setup, resolved for a device (None: a CPU)."""
-    k = setup.config.kernels
-    return choose_kernels(
-        attention=k.attention,
-        norm=k.norm,
-        elementwise=k.elementwise,
-        loss=k.loss,
-        matmul=k.matmul,
-        optimizer=k.optimizer,
-        compile=k.compile,
-        recompute=k.recompute,
-        recompute_layers=k.recompute_layers,
-        traits=DeviceTraits(
-            device=device or torch.device("cpu"),
-            dtype=DTYPES[setup.config.precision],
-            sequence_length=setup.config.data.sequence_length,
-            head_dim=setup.architecture.head_dim,
-            block=setup.block,
-        ),
-    )
-
-
-def axes_of(setup: Setup, grid: ProcessGrid) -> tuple[Axis, Axis]:
-    """Return this rank's (tensor, data) axes with the configured communication."""
-    overlap = setup.overlap(grid.device.type)
-    tp = replace(
-        grid.tp,
-        sequence=setup.sequence,
-        overlap=overlap,
-        regather=setup.regather(grid.device.type),
-        symmetric=setup.config.parallel.symmetric_memory,
-    )
-    return tp, replace(grid.dp, overlap=overlap)
-
-
 class Engine:
     """Model and optimizer of one rank, with initial weights drawn from `run.seed`."""
 
@@ -104,12 +71,17 @@ class Engine:
         self.setup, self.config, self.grid = setup, setup.config, grid
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Called when a step enters a phase: `forward`, `reduce` or `update`."""
+        self.strict = prepare_strict_mode(
+            grid.device, setup.config.kernels.deterministic, grid.layout.world_size
+        )
         self.architecture, self.kernels = setup.architecture, kernels_of(setup, grid.device)
         self.names = self.architecture.tensor_names()
         assert setup.config.precision != "auto", "the precision is decided before the engine"
         self.precision = setup.config.precision
         self.dtype = DTYPES[self.precision]
-        self.tp, self.dp = axes_of(setup, grid)
+        self.unconnected = unconnected(setup, grid, self.kernels)
+        """Why `parallel.symmetric_memory: auto` is off; "" where it is on, or was not asked."""
+        self.tp, self.dp = axes_of(setup, grid, connected=not self.unconnected)
 
         self.stages = self._build_stages()
         modules = list(self.stages.values())
@@ -124,7 +96,10 @@ class Engine:
         self.square_sums = SquareSums(self.gradients.shard_layout, self.names, grid.tp, grid.device)
         self.optimizer = self._build_optimizer()
         if fill:
-            initialize(modules, setup.config.run.seed, self.optimizer.set_master)
+            # On accelerators most cores of a machine idle, whatever OMP_NUM_THREADS says.
+            initialize(
+                modules, setup.config.run.seed, self.optimizer.set_master, cores_of_process()
+            )
 
         self.program = setup.programs[grid.coordinate.pp]
         self._forward_programs: dict[int, Program] = {}
@@ -160,6 +135,16 @@ class Engine:
         in the global batch, required where micro-batches have labels of their own. A loss or
         gradient that is not finite, or too large for fp32 moments, changes nothing on any rank.
         """
+        with strict_mode(self.strict):
+            return self._train_step(batch, lr, flags, targets)
+
+    def _train_step(
+        self,
+        batch: Sequence[MicroBatch],
+        lr: float,
+        flags: Sequence[float],
+        targets: int | None,
+    ) -> StepResult:
         self.on_phase("forward")
         inject_state_fault(self.optimizer)
         inject_gradient_fault(self.gradients)
@@ -248,9 +233,10 @@ class Engine:
             )
             return output
 
-        return self.executor.run(
-            program, lambda m: batch[m].tokens, loss, self.shape, self.dtype, stage
-        )
+        with strict_mode(self.strict):
+            return self.executor.run(
+                program, lambda m: batch[m].tokens, loss, self.shape, self.dtype, stage
+            )
 
     def _run(self, program: Program, batch: Sequence[MicroBatch], targets: int | None) -> Tensor:
         """Return this rank's part of the mean loss: 0 where another rank counts it."""

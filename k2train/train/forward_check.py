@@ -177,11 +177,11 @@ def _signature(engine: Engine) -> SignatureFacts:
 
     Pipeline and data parallelism are left out: they must not change a bit.
     """
-    grid, parallel = engine.grid, engine.config.parallel
+    grid = engine.grid
     return SignatureFacts(
         tensor=grid.layout.tensor,
         sequence=engine.setup.sequence,
-        symmetric_memory=parallel.symmetric_memory,
+        symmetric_memory=engine.tp.symmetric,
         micro_sequences=engine.config.batch.micro_sequences,
         precision=engine.precision,
         kernels=str(engine.kernels),

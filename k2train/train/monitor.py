@@ -18,10 +18,13 @@ from k2train import fault_injection
 from k2train.guard.control_files import STOP_FILE, ControlFiles, SaveRequest
 from k2train.guard.stop_signals import FINISHING_STEP, PERSONS_SIGNALS, StopRequest
 from k2train.guard.stragglers import Stragglers
-from k2train.launch.environment import write_status
+from k2train.launch.environment import on_rank, write_status
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
+from k2train.parallel.flight_recorder import flight_recording
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import TEXTS
+from k2train.parallel.own_time import OwnTime, marks_of
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
 from k2train.record.system_info import in_batch_job, job_facts
@@ -35,15 +38,12 @@ from k2train.watchdog.watchdog import Watchdog
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 """Engine phase -> watchdog phase."""
 
-
 STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
 """Indices of the flags in the step's exchange; from `SECONDS` on one per rank."""
 SAVE_ASKED = 2.0
 """Value of the flag of saves when somebody asked for one; 1 when only the time has come."""
 SAVE_FILE = "SAVE file"
 """Who asked for a save if a file did."""
-ANOTHER_RANK = "signal on another rank"
-"""Stop reason on a rank that got none itself."""
 FINISHING = {
     "evaluate": "ending the evaluation, then saving what is not saved yet",
     "save": "finishing the save",
@@ -102,6 +102,7 @@ class RunMonitor:
         self.watchdog = Watchdog(
             directory / "watch", member, limits, _write_stderr, grid.comm.position
         )
+        self.watchdog.recording = flight_recording
 
         self.stop = stop
         self.control_files = ControlFiles(directory)
@@ -114,7 +115,7 @@ class RunMonitor:
         self._is_in_job = in_batch_job()
         self._saving = False
         self._save_request, self._stop_file = SaveRequest(), False
-        self._own_seconds = self._blocked_before = 0.0
+        self._own_time = grid.comm.own_time = OwnTime(marks_of(grid.device))
         self._shared: list[float] | None = None
         """Where a late request to stop is entered, until the step's exchange."""
         self._shared_from = 0
@@ -145,8 +146,8 @@ class RunMonitor:
         self._replicas = ReplicaCheck(engine.gradients.shard_layout, self.grid)
         states = list(engine.optimizer.flat_shards)
         digest = StateDigest(engine.gradients.shard_layout, engine.names, states, self.grid.tp)
-        comm = self.grid.comm
-        self._root, self._guard = RootAllReduce(digest, comm=comm), StateAudit(digest, comm=comm)
+        self._root = RootAllReduce(digest, self.grid.host, self.grid.comm)
+        self._guard = StateAudit(digest, self.grid.host, self.grid.comm)
 
     def phase(self, name: str, step: int) -> None:
         """Enter a phase; the watchdog times it."""
@@ -165,32 +166,27 @@ class RunMonitor:
         """
         self.saving(saving)
         self.phase("read", step)
-        self._blocked_before = self.grid.comm.blocked_seconds
-
         request = self._poll_request()
         if request == "STOP":
             self._see_stop_file()
         stop = self.stop.requested is not None
 
-        # Summed over ranks, these one-entry lists become a gather.
+        # Summed over ranks, these one-entry lists become a gather. The host waited for the device
+        # at the end of that step, so its events are there.
         seconds = [0.0] * self.grid.layout.world_size
-        seconds[self.grid.rank] = self._own_seconds
+        seconds[self.grid.rank] = self._own_time.read()
+        self._own_time.begin()
         # Only rank 0 has anything to say of saves.
         save = SAVE_ASKED if request == "SAVE" else float(save_due)
         return [float(stop), save, float(failed), *seconds]
 
     def end_step(self, seconds: float, flags: Sequence[float]) -> Agreed:
         """Record the time of a step; return what the ranks agreed on by its summed flags."""
-        # The time not blocked in collectives is this rank's own.
-        self._own_seconds = max(
-            0.0, seconds - (self.grid.comm.blocked_seconds - self._blocked_before)
-        )
-
+        self._own_time.end()
         self.watchdog.step_done(seconds)
         own = flags[SECONDS:]
         return Agreed(
-            # The signal may have reached another rank only.
-            (self.stop.requested or ANOTHER_RANK) if flags[STOP] > 0 else None,
+            self._who_asked() if flags[STOP] > 0 else None,
             flags[SAVE] >= SAVE_ASKED,
             flags[SAVE] > 0,
             flags[FAILED] > 0,
@@ -214,7 +210,20 @@ class RunMonitor:
         asked = torch.tensor([int(self.stop.requested is not None)])
         if not int(Agreement(self.grid).sum(asked, "agree on a stop")):
             return None
-        return self.stop.requested or ANOTHER_RANK
+        return self._who_asked()
+
+    def _who_asked(self) -> str:
+        """Return rank 0's request to stop, or the first other, "SIGUSR1 on rank 1"; collective.
+
+        Rank 0 confirms one that it did not get itself.
+        """
+        told = Agreement(self.grid).all([self.stop.requested or ""], TEXTS, "agree on a stop")
+        rank, name = next((rank, name) for rank, (name,) in enumerate(told) if name)
+        if rank > 0:
+            name = on_rank(name, rank)
+            if self.grid.rank == 0:
+                _write_stderr(f"{name}: {self.stop.finishing}")
+        return name
 
     @property
     def kill_may_follow(self) -> bool:
@@ -295,12 +304,9 @@ class RunMonitor:
         """
         return self.watchdog.connection_lost(error)
 
-    def close(self, problem: str = "", stopped: bool = False) -> None:
-        """Stop the watchdog; `problem` is the reason if this rank leaves by itself.
-
-        `stopped`: it leaves a start on request.
-        """
-        self.watchdog.close(problem, stopped)
+    def close(self, problem: str = "", stopped: str = "", code: int = 0) -> None:
+        """Stop the watchdog; see there."""
+        self.watchdog.close(problem, stopped, code)
 
     def _on_phase(self, phase: str) -> None:
         self.watchdog.phase(PHASES[phase], self.step)

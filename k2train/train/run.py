@@ -8,9 +8,15 @@
 import torch
 
 from k2train import fault_injection
-from k2train.errors import EXIT_DONE
+from k2train.errors import EXIT_DONE, ConfigError
 from k2train.guard.stop_signals import StopRequest, run_hearing
-from k2train.launch.environment import Launch, ranks_of_machine
+from k2train.launch.environment import (
+    RANKS_PER_DEVICE,
+    Launch,
+    ranks_of_machine,
+    read_ranks_per_device,
+)
+from k2train.parallel.first_contact import make_contact, neighbours
 from k2train.parallel.grid import (
     ProcessGrid,
     choose_device,
@@ -38,6 +44,7 @@ from k2train.train.start_record import (
     log_starting,
     open_run_logger,
 )
+from k2train.train.strict_mode import prepare_strict_mode
 from k2train.train.trainer import Trainer
 
 
@@ -50,6 +57,9 @@ def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None)
     if device.type == "cuda":
         # Here, because each thread has a current device of its own, and this one computes.
         torch.cuda.set_device(device)
+    _check_shared_device(start, device)
+    deterministic = start.setup.config.kernels.deterministic
+    prepare_strict_mode(device, deterministic, launch.world_size)
     _check_memory(launch, start, device)
     memory = keep_freed_memory(device.type)
     if launch.world_size == 1:
@@ -67,15 +77,30 @@ def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None)
         monitor.phase("done", run.state.step)
         fault_injection.point("end")
 
-    stop_process_group()
+    stop_process_group(grid.host)
     monitor.close()
     return run.code
+
+
+def _check_shared_device(start: Start, device: torch.device) -> None:
+    """Raise ConfigError for a pipeline whose ranks share a device: gloo has no way between them."""
+    shared = read_ranks_per_device()
+    if device.type == "cpu" or shared == 1:
+        return
+    if (stages := start.layout.pipeline) > 1:
+        raise ConfigError(
+            f"parallel.pipeline ({stages}) needs a device for each rank, {RANKS_PER_DEVICE} lets "
+            f"{shared} share one, and gloo sends nothing from device to device: lower "
+            f"parallel.pipeline to 1, or unset {RANKS_PER_DEVICE}"
+        )
 
 
 def _check_memory(launch: Launch, start: Start, device: torch.device) -> None:
     """Raise an error where the plan does not fit: one rank looks at a host, each at its device."""
     if device.type != "cpu":
-        free, total = torch.cuda.mem_get_info(device)
+        # Ranks that share a device share its memory evenly.
+        shared = read_ranks_per_device()
+        free, total = (part // shared for part in torch.cuda.mem_get_info(device))
         limits = [FreeMemory(free, total, f"free on {device}", shared=False)]
         check_memory(start.setup, [launch.rank], device.type, limits)
     elif launch.local_rank == 0:
@@ -111,13 +136,17 @@ def build(
     if (end := monitor.previous_end) is not None and not logger.has_end_of(end.attempt):
         logger.event(Failed(attempt=end.attempt, problem=end.line))
     # Recorded before anything that may fail, so that a failing start counts as a start.
-    log_starting(logger, chosen.step)
+    log_starting(logger, chosen.step, grid.device.type)
+    monitor.phase("connect", chosen.step)
+    fault_injection.point("start.connect")
+    contact = make_contact(grid, neighbours(start.setup.programs))
     monitor.phase("load", chosen.step)
 
     # Initial weights are drawn only if no checkpoint overwrites them.
     engine = Engine(start.setup, grid, fill=chosen.path is None and start.parent is None)
     monitor.attach(engine)
     log_start(logger, start, engine, chosen)
+    logger.info(contact)
 
     checkpoints = CheckpointManager(start, engine, monitor, logger, lock)
     run.writer = checkpoints.writer

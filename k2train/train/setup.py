@@ -131,13 +131,19 @@ class Setup:
         return rate(step, lr.kind, lr.peak, lr.final, lr.warmup_steps, total_steps, lr.decay_steps)
 
     def work(
-        self, device_type: str = "cuda", attention: str | None = None, matmul: str = "torch"
+        self,
+        device_type: str = "cuda",
+        attention: str | None = None,
+        matmul: str = "torch",
+        loss: str | None = None,
     ) -> ActivationSpec:
         """Return the work of one micro-batch on a device type.
 
-        `attention` and `matmul` are the kernels in use, if known.
+        `attention`, `matmul` and `loss` are the kernels in use, if known.
         """
         config = self.config
+        # Which one `auto` takes depends on the device: the one that needs more memory.
+        loss = loss or ("triton" if config.kernels.loss == "triton" else "fused")
         auto = "flash" if config.kernels.attention == "auto" else config.kernels.attention
         return ActivationSpec(
             self.architecture,
@@ -150,6 +156,7 @@ class Setup:
             device=device_type,
             attention=attention or auto,
             matmul=matmul,
+            loss=loss,
             block=self.block,
             recompute=config.kernels.recompute,
             recompute_layers=config.kernels.recompute_layers,

@@ -8,6 +8,8 @@
   waits a moment for its own signal.
 - A launcher ends what is left of a failed start by a signal, too. Such a start ends like one whose
   connection broke: the rank that failed is named and recorded.
+- Where that rank has refused to go on, which it says itself, the others end with its exit code and
+  say nothing. The same holds for a second Ctrl-C.
 - Any other error is recorded as far as it can be, and raised.
 """
 
@@ -20,23 +22,34 @@ from types import TracebackType
 from typing import NoReturn, Self
 
 from k2train.checkpoint.writer import CheckpointWriter, SaveError
-from k2train.errors import EXIT_FAILED, UnavailableError, UserError
+from k2train.errors import (
+    EXIT_FAILED,
+    EXIT_USAGE,
+    AnotherRefusedError,
+    UnavailableError,
+    UserError,
+)
 from k2train.guard.stop_signals import StopAsked
 from k2train.launch.environment import (
     ANOTHER_FAILED,
     SIGNAL_SECONDS,
+    another_has_refused,
     another_has_stopped,
+    another_was_interrupted,
     was_asked_to_stop,
 )
 from k2train.parallel.grid import ProcessGrid
 from k2train.record.events import Failed, Stopped
 from k2train.train.batches import BatchSource
-from k2train.train.monitor import ANOTHER_RANK, DamageError, RunMonitor
+from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.run_logger import RunLogger
 from k2train.train.state import TrainState
 
 CONNECTION_WORDS = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
 """Words in the errors of a collective whose peer is gone."""
+
+REFUSED, INTERRUPTED = "refused", "interrupted"
+"""Reasons of ends: a mistake in config or data, and a second Ctrl-C."""
 
 NO_RANK_GONE = "lost its connection"
 """The watchdog's words when it finds no dead rank: the error itself is then the only evidence."""
@@ -67,16 +80,22 @@ class OpenRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        problem, asked = "", None
+        problem, code, asked = "", 0, None
         try:
             asked = self._asked_to_stop(error)
             if asked is not None:
-                self._stopped(str(asked), "")
+                self._stopped(str(asked))
                 if asked is not error:
                     raise asked from None
                 return False
 
+            if isinstance(error, KeyboardInterrupt):
+                self._stopped(INTERRUPTED)
+                error.args = (self._interrupted_at(),)
+                return False
+
             if isinstance(error, StopAsked):
+                self._end_like_another()
                 self._leave_alone(error)
 
             if isinstance(error, SaveError | DamageError):
@@ -87,19 +106,21 @@ class OpenRun:
             if isinstance(error, Exception):
                 if self._is_connection_lost(error):
                     # A peer is gone, so no further collective is possible.
+                    self._end_like_another()
                     self._leave_alone(error)
                 problem = str(error) or type(error).__name__
                 if isinstance(error, UserError | UnavailableError):
-                    reason = "refused" if isinstance(error, UserError) else "unavailable"
-                    self._stopped(reason, problem)
+                    refused = isinstance(error, UserError)
+                    code = EXIT_USAGE if refused else EXIT_FAILED
+                    self._stopped(REFUSED if refused else "unavailable", problem)
             return False
         finally:
             self.monitor.phase("done", self.state.step)
             # First, so that no watchdog takes this rank's exit for its death.
             if asked is not None:
-                self.monitor.close(stopped=True)
+                self.monitor.close(stopped=str(asked))
             elif problem:
-                self.monitor.close(problem)
+                self.monitor.close(problem, code=code)
             self.close()
 
     def _asked_to_stop(self, error: BaseException | None) -> StopAsked | None:
@@ -118,8 +139,8 @@ class OpenRun:
         deadline = time.monotonic() + SIGNAL_SECONDS
         while stop.requested is None and time.monotonic() < deadline:
             # It tells its launcher, and in its heartbeat, before it breaks a connection.
-            if another_has_stopped() or self.monitor.watchdog.another_stopped():
-                return StopAsked(ANOTHER_RANK)
+            if other := another_has_stopped() or self.monitor.watchdog.another_stopped():
+                return StopAsked(other)
             time.sleep(0.02)
         return None if stop.requested is None else self._request(StopAsked(stop.requested))
 
@@ -128,7 +149,14 @@ class OpenRun:
         if was_asked_to_stop(str(asked)):
             return asked
         # A launcher ends what is left by SIGTERM, also where one rank alone was asked.
-        return StopAsked(ANOTHER_RANK) if self.monitor.watchdog.another_stopped() else None
+        other = self.monitor.watchdog.another_stopped()
+        return StopAsked(other) if other else None
+
+    def _interrupted_at(self) -> str:
+        """Say where a second Ctrl-C has ended the run, and which checkpoint there is."""
+        newest = None if self.writer is None else self.writer.newest
+        kept = "no checkpoint is saved" if newest is None else f"the newest checkpoint is {newest}"
+        return f"interrupted at step {self.state.step}: ended at once; {kept}"
 
     def close(self) -> None:
         """Stop the loader's threads and close the record.
@@ -197,7 +225,21 @@ class OpenRun:
         sys.stderr.flush()
         os._exit(EXIT_FAILED)
 
-    def _stopped(self, reason: str, problem: str) -> None:
+    def _end_like_another(self) -> None:
+        """Record and raise what ended another rank, if that is no failure: it is told already.
+
+        Raises AnotherRefusedError after a mistake in config or data, KeyboardInterrupt after a
+        second Ctrl-C.
+        """
+        problem = self.monitor.watchdog.refusal()
+        if problem or another_has_refused():
+            self._stopped(REFUSED, problem or None)
+            raise AnotherRefusedError(problem) from None
+        if another_was_interrupted():
+            self._stopped(INTERRUPTED)
+            raise KeyboardInterrupt(self._interrupted_at()) from None
+
+    def _stopped(self, reason: str, problem: str | None = None) -> None:
         self.logger.event(
             Stopped(
                 attempt=self.logger.attempt,

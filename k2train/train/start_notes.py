@@ -7,8 +7,9 @@ Alternatives considered:
 - Refusing such settings: a test or a comparison may want them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil
+from typing import Any
 
 from k2train.config.load import Config
 from k2train.data.held_out import HeldOutSet
@@ -73,4 +74,32 @@ def evaluation_note(config: Config, held_out: Sequence[HeldOutSet], order: Chunk
         f"{rows / batch / forwards:.0f} steps, after every {steps:.0f} steps; "
         f"data.held_out_rows={fewer} makes that {fewer * len(held_out) / batch / forwards:.1f} "
         "steps, checkpoint.every_chunks makes it rarer"
+    )
+
+
+def determinism_note(config: Config, device_type: str) -> str:
+    """Say that the bits of this run will not repeat; "" where they will, as on every CPU."""
+    if config.kernels.deterministic or device_type == "cpu":
+        return ""
+    return (
+        f"kernels.deterministic is false: sums have no fixed order on {device_type}, so a resume "
+        "or a second run of this record ends with other bits"
+    )
+
+
+def determinism_change(before: Mapping[str, Any], config: Config, device_type: str) -> str:
+    """Say that a run continues with another `kernels.deterministic`; "" where it does not.
+
+    `before` is the config of its checkpoint; configs older than the key say nothing.
+    """
+    was = before.get("kernels", {}).get("deterministic")
+    now = config.kernels.deterministic
+    if device_type == "cpu" or was is None or was == now:
+        return ""
+    return (
+        "kernels.deterministic was true up to this checkpoint and is false from here: what follows "
+        "does not repeat to the bit"
+        if was
+        else "kernels.deterministic was false up to this checkpoint and is true from here: what "
+        "follows repeats to the bit, what led to it does not"
     )

@@ -17,15 +17,17 @@ from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, remove_unfinished
 from k2train.config.load import config_differences
 from k2train.errors import RunError, UnavailableError, UserError
 from k2train.launch.environment import open_port
+from k2train.launch.environment_defaults import environment_settings
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
+from k2train.plan.connections import connections
 from k2train.plan.cost import parameters
 from k2train.record.events import Faults, Resumed, StageTransition, Started, Starting, Takeover
 from k2train.record.system_info import environment_facts
 from k2train.retry import is_passing, reason
 from k2train.run_lock.lock import RunLock
-from k2train.text import counted
+from k2train.text import bytes_text, counted
 from k2train.train.choose import Chosen
 from k2train.train.engine import Engine
 from k2train.train.memory_report import memory_line
@@ -34,7 +36,13 @@ from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.run_logger import RunLogger
 from k2train.train.schedule_change import ScheduleChange, schedule_change
 from k2train.train.shutdown import OpenRun
-from k2train.train.start_notes import bf16_note, evaluation_note, held_out_texts_note
+from k2train.train.start_notes import (
+    bf16_note,
+    determinism_change,
+    determinism_note,
+    evaluation_note,
+    held_out_texts_note,
+)
 
 LEFTOVERS = (
     "config.yaml.tmp",
@@ -104,9 +112,15 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
     return logger
 
 
-def log_starting(logger: RunLogger, step: int) -> None:
-    """Record that a start begins, from `step` on, and the faults that it is to meet on purpose."""
-    logger.event(Starting(attempt=logger.attempt, step=step))
+def log_starting(logger: RunLogger, step: int, device_type: str) -> None:
+    """Record that a start begins, from `step` on, and the faults that it is to meet on purpose.
+
+    On an accelerator also what the environment says of it.
+    """
+    settings = None
+    if device_type != "cpu":
+        settings = {one.name: one.value for one in environment_settings()}
+    logger.event(Starting(attempt=logger.attempt, step=step, settings=settings))
     if logger.faults:
         logger.event(Faults(attempt=logger.attempt, faults=logger.faults))
 
@@ -115,7 +129,7 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
     """Log the first lines of a run: its size, layout, kernels, memory, and the checkpoint taken."""
     setup, kernels, layout, order = start.setup, engine.kernels, start.layout, start.order
     device_type, config = engine.grid.device.type, start.setup.config
-    work = setup.work(device_type, kernels.attention_name, kernels.matmul)
+    work = setup.work(device_type, kernels.attention_name, kernels.matmul, kernels.loss)
 
     if logger.faults:
         logger.info(
@@ -129,7 +143,8 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
     )
     logger.info(
         f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
-        f"sequence parallel {'on' if setup.sequence else 'off'}, {config.parallel.schedule}, "
+        f"sequence parallel {'on' if setup.sequence else 'off'}, {_symmetric(engine)}"
+        f"{config.parallel.schedule}, "
         f"{setup.num_microbatches} micro-batches; kernels: {kernels}; {logger.memory}"
     )
     logger.info(memory_line(setup, work, engine.grid.coordinate.pp))
@@ -153,14 +168,32 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         )
 
 
+def _symmetric(engine: Engine) -> str:
+    """What `parallel.symmetric_memory: auto` chose, and why not; "" where it had no choice."""
+    if engine.config.parallel.symmetric_memory != "auto" or engine.tp.size == 1:
+        return ""
+    if engine.tp.symmetric:
+        return "symmetric memory on, "
+    return f"symmetric memory off ({engine.unconnected}), "
+
+
 def _notes(start: Start, device_type: str) -> Iterator[str]:
-    """Yield what deserves a look: precision, evaluation, an open port, flattering losses."""
+    """Yield what deserves a look: precision, environment, an open port, flattering losses."""
     config, order = start.setup.config, start.order
     if start.precision_reason:
         yield f"precision auto is {config.precision}: {start.precision_reason}; the run keeps it"
     yield bf16_note(config, on_cpu=device_type == "cpu")
+    yield determinism_note(config, device_type)
     yield evaluation_note(config, start.held_out, order)
 
+    if device_type != "cpu":
+        yield f"environment: {', '.join(map(str, environment_settings()))}"
+        made = connections(start.layout, device_type)
+        yield (
+            f"up to {counted(made.communicators, 'communicator')} of NCCL a rank, about "
+            f"{bytes_text(made.communicator_bytes)} of device memory that the plan does not count "
+            "(estimate)"
+        )
     if place := open_port(start.layout.world_size):
         yield (
             f"ranks met at {place}, a port without a password: for a trusted network only "
@@ -190,6 +223,7 @@ def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
             chunks=len(start.order.names),
             parameters=parameters(start.setup.architecture),
             kernels=str(engine.kernels),
+            deterministic=engine.kernels.deterministic,
             memory=logger.memory,
             data_manifest_sha256=start.manifest.sha256,
             data_content_sha256=start.manifest.content_sha256,
@@ -234,6 +268,7 @@ def log_resumed(
             layout=str(start.layout),
             world_size=start.layout.world_size,
             kernels=str(engine.kernels),
+            deterministic=engine.kernels.deterministic,
             memory=logger.memory,
             config_changes=tuple(changes),
             allowed=chosen.allowed,
@@ -253,6 +288,8 @@ def log_resumed(
         logger.info(f"allowed by run.allow, although it makes this another run: {text}")
     if changes:
         logger.info(f"config changes since that checkpoint: {'; '.join(changes)}")
+    if told := determinism_change(manifest.config, config, engine.grid.device.type):
+        logger.info(told)
     for line in schedule.lines():
         logger.info(line)
 

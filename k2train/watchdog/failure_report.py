@@ -29,6 +29,7 @@ REPORT_NAME = "verdict.json"
 STACKS_SIGNAL = signal.SIGRTMIN + 5
 """Signal on which a rank writes its stacks to its file. It has no other use."""
 STACKS_SECONDS = 0.5
+RECORDINGS = "flight_recorder_rank_*.json"
 
 ReportId = tuple[int, int] | None
 
@@ -66,7 +67,8 @@ def build_report(
 ) -> dict[str, Any]:
     """Content of the report file: the message, the faulty ranks, and the position of every rank.
 
-    `attempt` is the start that failed, 0 when it had no number yet.
+    `attempt` is the start that failed, 0 when it had no number yet. `recordings` is the pattern of
+    the files in which ranks that were stuck wrote their last collectives, beside the report.
     """
     ranks = []
     for rank, one in sorted(statuses.items()):
@@ -85,6 +87,7 @@ def build_report(
         "attempt": reporter.attempt,
         "wall": reporter.wall,
         "ranks": ranks,
+        "recordings": RECORDINGS,
     }
 
 

@@ -15,11 +15,12 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2train.errors import EXIT_USAGE
 from k2train.processes import Process, ProcessState, process_state
 
 LENGTH_BYTES = 1536
@@ -30,6 +31,7 @@ OPEN_STATES = ("", "stalled")
 PHASES = {
     "step": "forward/backward",
     "choose": "choosing a checkpoint",
+    "connect": "making contact in each group",
     "load": "loading a checkpoint",
 }
 """Display names of phases whose key is not clear enough."""
@@ -42,6 +44,7 @@ class Heartbeat:
     - `count`, `current`, `last`: its collectives, see `parallel.comm_tracker`.
     - `state`: "" at work, "stalled" over its timeout, "leaving" after another rank was lost,
       "failed" by itself (`problem`), "closed".
+    - `code`: the exit code with which it ends, where it has said so; 0 otherwise.
     - `seconds`: time since the current step, save or evaluation began or made progress, by its
       monotonic clock.
     - `wall`: wall-clock time, for people only.
@@ -66,6 +69,7 @@ class Heartbeat:
     wall: str = ""
     progress: int = 0
     """Progress reports within the current phase. Each one restarted `seconds`."""
+    code: int = 0
 
     @property
     def at_work(self) -> bool:
@@ -99,6 +103,11 @@ def heartbeat_path(directory: Path, rank: int) -> Path:
 def stacks_path(directory: Path, rank: int) -> Path:
     """Path of a rank's Python stacks, written when it is stuck."""
     return directory / f"stacks_rank_{rank:05d}.txt"
+
+
+def recording_path(directory: Path, rank: int) -> Path:
+    """Path of a rank's last collectives (flight recorder), written when it is stuck."""
+    return directory / f"flight_recorder_rank_{rank:05d}.json"
 
 
 def encode(record: Heartbeat) -> bytes:
@@ -155,6 +164,24 @@ def read_heartbeat(directory: Path, rank: int) -> Heartbeat | None:
         return decode(heartbeat_path(directory, rank).read_bytes())
     except OSError:
         return None
+
+
+def heartbeats_of(
+    directory: Path, world_size: int, attempt: int, own_rank: int
+) -> Iterator[Heartbeat]:
+    """Read the heartbeats that the other ranks wrote in the start of this number."""
+    for rank in range(world_size):
+        one = None if rank == own_rank else read_heartbeat(directory, rank)
+        # An earlier start may have left one, too.
+        if one is not None and one.attempt == attempt:
+            yield one
+
+
+def refusal_of(others: Iterable[Heartbeat]) -> str:
+    """Return the problem of a rank that ends with exit code 2 and says why; "" if none does."""
+    return next(
+        (one.problem for one in others if one.state == "failed" and one.code == EXIT_USAGE), ""
+    )
 
 
 def _position(record: Heartbeat) -> tuple[int, str, int, int]:

@@ -2,6 +2,7 @@
 
 - Phase and step come from the timer, the collective from the communication tracker.
 - The Python stacks of this process go to a file beside it: on STACKS_SIGNAL, and before it exits.
+- So do the last collectives as torch recorded them, when this rank is stuck.
 """
 
 import contextlib
@@ -16,12 +17,16 @@ from pathlib import Path
 
 from k2train.processes import this_process
 from k2train.watchdog.failure_report import STACKS_SIGNAL
-from k2train.watchdog.heartbeat import Heartbeat, stacks_path, write_heartbeat
+from k2train.watchdog.heartbeat import Heartbeat, recording_path, stacks_path, write_heartbeat
 from k2train.watchdog.phase_timer import PhaseTimer
 from k2train.watchdog.shared_progress import SharedProgress
 
 CommPosition = Callable[[], tuple[int, str, str, float]]
 """Returns (collectives begun, the current one, the last one, blocked seconds)."""
+
+
+RECORDING_SECONDS = 2.0
+"""Longest wait for the flight recorder."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,9 @@ class OwnHeartbeat:
         self.attempt = 0
         self.ending_since: float | None = None
         self.state = ""
-        self._beat_count, self._problem = 0, ""
+        self.recording: Callable[[], bytes | None] = lambda: None
+        """Returns the last collectives of this process, JSON; None where nothing recorded them."""
+        self._beat_count, self._problem, self._code = 0, "", 0
         self._write_lock = threading.Lock()
 
     def open(self) -> None:
@@ -89,6 +96,7 @@ class OwnHeartbeat:
             self.member.facts,
             datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
             self.timer.progress_count,
+            self._code,
         )
 
     def write(self) -> None:
@@ -97,9 +105,9 @@ class OwnHeartbeat:
             self._beat_count += 1
             write_heartbeat(self.directory, self.record())
 
-    def set_state(self, state: str, problem: str = "") -> None:
-        """Write a new state; `problem` is the reason of `failed`."""
-        self.state, self._problem = state, problem
+    def set_state(self, state: str, problem: str = "", code: int = 0) -> None:
+        """Write a new state; `problem` is the reason of `failed`, `code` the exit code to come."""
+        self.state, self._problem, self._code = state, problem, code
         with contextlib.suppress(OSError):
             self.write()
 
@@ -112,3 +120,23 @@ class OwnHeartbeat:
                 f"{record.rank_text()}, {record.phase_text()}: {why}\n".encode(),
             )
             faulthandler.dump_traceback(self._stacks, all_threads=True)
+
+    def dump_recording(self) -> None:
+        """Write the recorded collectives to a file of this rank, if there are any.
+
+        In a thread of its own, for `RECORDING_SECONDS` at most: the recorder's lock may be held by
+        the thread that hangs.
+        """
+        thread = threading.Thread(target=self._dump_recording, name="watch-recording", daemon=True)
+        # Where no thread can be made, the report has no recording.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            thread.start()
+            thread.join(RECORDING_SECONDS)
+
+    def _dump_recording(self) -> None:
+        content = self.recording()
+        if content is None:
+            return
+        path = recording_path(self.directory, self.member.rank)
+        with contextlib.suppress(OSError):
+            path.write_bytes(content)

@@ -13,10 +13,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from k2train.errors import EXIT_FAILED
+from k2train.errors import EXIT_FAILED, EXIT_USAGE
 from k2train.retry import is_waiting
 from k2train.watchdog.diagnosis import RANKS_A_SECOND, TURN_SECONDS, Diagnosis
-from k2train.watchdog.heartbeat import Observer
+from k2train.watchdog.heartbeat import Observer, heartbeats_of, refusal_of
 from k2train.watchdog.heartbeat_thread import HeartbeatThread
 from k2train.watchdog.own_heartbeat import OwnHeartbeat
 from k2train.watchdog.phase_timer import TICK_SECONDS
@@ -45,6 +45,7 @@ class TimeoutThread(threading.Thread):
         super().__init__(name="watch-timeout", daemon=True)
         self._own, self._diagnosis, self._heartbeats = own, diagnosis, heartbeats
         self._ended, self._log, self._exit_process = ended, log, exit_process
+        self._code = EXIT_FAILED
         self._observer: Observer | None = None
         self._others_progressed_at = -math.inf
 
@@ -125,19 +126,26 @@ class TimeoutThread(threading.Thread):
                 f"{self._own.directory} does not answer"
             )
 
-        self._exit_process(EXIT_FAILED)
+        self._exit_process(self._code)
 
     def _handle_stall(self) -> None:
         observer = self._observer
         assert observer is not None, "a stall is judged from what was observed"
         self._own.set_state("stalled")
         self._own.dump("over the limit")
+        self._own.dump_recording()
         self._diagnosis.stalled(self._own.record(), observer, self._log)
         self._own.set_state("leaving")
         _flush()
 
     def _handle_death(self) -> None:
+        own = self._own.member
+        others = heartbeats_of(self._own.directory, own.world_size, self._own.attempt, own.rank)
         self._own.set_state("leaving")
+        if self._own.attempt and refusal_of(others):
+            # That rank tells the mistake, and all end with its exit code.
+            self._code = EXIT_USAGE
+            return
         message = self._diagnosis.connection_lost(self._own.record(), "")
         if message:
             self._log(message)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 CLOCKS = {
     "start": "start",
     "choose": "choose",
+    "connect": "connect",
     "load": "load",
     "read": "step",
     "step": "step",
@@ -26,8 +27,8 @@ CLOCKS = {
 """Phase -> the clock that it runs on.
 
 The phases of a start have the same timeout but separate clocks: hashing checkpoints (`choose`),
-reading one (`load`), the rest. Their length depends on the amount to read, so `Watchdog.progress`
-restarts them.
+the first exchange of each group (`connect`), reading a checkpoint (`load`), the rest. Their length
+depends on the amount to read, so `Watchdog.progress` restarts them.
 """
 FIRST_STEPS = 5
 """Fewer steps are no basis: the first ones choose and compile kernels."""

@@ -17,12 +17,12 @@ run: about one dump in 12 in code full of generators.
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from k2train.watchdog.diagnosis import Diagnosis
 from k2train.watchdog.failure_report import archive_report
-from k2train.watchdog.heartbeat import read_heartbeat
+from k2train.watchdog.heartbeat import Heartbeat, heartbeats_of, refusal_of
 from k2train.watchdog.heartbeat_thread import HeartbeatThread
 from k2train.watchdog.own_heartbeat import CommPosition, Member, OwnHeartbeat
 from k2train.watchdog.phase_timer import PhaseTimer
@@ -30,8 +30,8 @@ from k2train.watchdog.shared_progress import PeerProgress
 from k2train.watchdog.timeout_thread import DIAGNOSIS_SECONDS, TimeoutThread
 from k2train.watchdog.timeouts import Timeouts
 
-STOPPED = "stopped on request"
-"""What the last heartbeat of a rank says that left a start on request."""
+STOPPED = "stopped on request: "
+"""Begin of what the last heartbeat of a rank says that left a start on request."""
 
 
 class Watchdog:
@@ -128,11 +128,12 @@ class Watchdog:
         self._own.set_state("leaving")
         return self._diagnosis.connection_lost(self._own.record(), _first_line(error))
 
-    def close(self, problem: str = "", stopped: bool = False) -> None:
+    def close(self, problem: str = "", stopped: str = "", code: int = 0) -> None:
         """Stop the watchdog; no effect when not started.
 
-        `problem` is the reason why this rank exits, which the other ranks then report. With
-        `stopped` it leaves a start on request, which is no failure (`another_stopped`).
+        `problem` is the reason why this rank exits, which the other ranks then report. If it ends
+        with `code` EXIT_USAGE it says that itself, and they end like it (`refusal`). `stopped` is
+        the request on which it leaves a start, which is no failure (`another_stopped`).
         """
         if not self._running:
             return
@@ -142,29 +143,36 @@ class Watchdog:
             thread.join(timeout=2.0)
 
         if stopped:
-            self._own.set_state("closed", STOPPED)
+            self._own.set_state("closed", STOPPED + stopped)
         elif self._own.state != "leaving":
-            self._own.set_state("failed" if problem else "closed", problem)
+            self._own.set_state("failed" if problem else "closed", problem, code)
 
         self._running = False
         self._own.close()
 
-    def another_stopped(self) -> bool:
-        """Return whether another rank has left this start on request, as its heartbeat says."""
-        if not self._running or self.attempt == 0:
-            return False
+    def another_stopped(self) -> str:
+        """Return which other rank has left this start on request, and why, by its heartbeat.
+
+        As in "SIGUSR1 on rank 1"; "" if none has.
+        """
+        for one in self._others():
+            if one.state == "closed" and one.problem.startswith(STOPPED):
+                request = one.problem.removeprefix(STOPPED)
+                return request if " on rank " in request else f"{request} on rank {one.rank}"
+        return ""
+
+    def refusal(self) -> str:
+        """Return why another rank has refused to go on (exit code 2), which it says itself.
+
+        "" if none has.
+        """
+        return refusal_of(self._others())
+
+    def _others(self) -> Iterator[Heartbeat]:
         own = self._own.member
-        others = (
-            read_heartbeat(self.directory, rank)
-            for rank in range(own.world_size)
-            if rank != own.rank
-        )
-        # An earlier start may have left such a heartbeat, too.
-        return any(
-            one is not None
-            and (one.state, one.problem, one.attempt) == ("closed", STOPPED, self.attempt)
-            for one in others
-        )
+        # Without a number, a heartbeat of an earlier start could not be told apart.
+        if self._running and self.attempt:
+            yield from heartbeats_of(self.directory, own.world_size, self.attempt, own.rank)
 
     @property
     def attempt(self) -> int:
@@ -174,6 +182,18 @@ class Watchdog:
     @attempt.setter
     def attempt(self, attempt: int) -> None:
         self._own.attempt = attempt
+
+    @property
+    def recording(self) -> Callable[[], bytes | None]:
+        """Returns the last collectives as torch recorded them, JSON; None: there is no record.
+
+        Written beside the stacks when this rank is stuck.
+        """
+        return self._own.recording
+
+    @recording.setter
+    def recording(self, recording: Callable[[], bytes | None]) -> None:
+        self._own.recording = recording
 
     @property
     def cells(self) -> "list[int] | memoryview[int]":

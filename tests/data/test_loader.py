@@ -14,7 +14,7 @@ import torch
 
 from k2train.data.chunk import Manifest, verify_chunk
 from k2train.data.held_out import HeldOutSet
-from k2train.data.loader import HeldOutLoader, Loader, Share
+from k2train.data.loader import HeldOutLoader, Loader, MicroBatch, Share
 from k2train.data.order import ChunkOrder, make_order
 from k2train.errors import DataError
 from tests.support.data_folder import add_chunk, edit, finish, flip
@@ -341,3 +341,24 @@ def test_ids_of_another_file_are_compared(manifest: Manifest, order: ChunkOrder)
     assert loaders[0].identity("chunk_000") is None
     for loader in loaders:
         loader.close()
+
+
+class Uploaded:
+    """A tensor that notes how it is copied."""
+
+    def __init__(self, memory: str = "pageable"):
+        self.memory = memory
+
+    def pin_memory(self) -> "Uploaded":
+        return Uploaded("pinned")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> str:
+        return f"{self.memory} to {device.type}, {'queued' if non_blocking else 'waited for'}"
+
+
+@pytest.mark.parametrize(("device", "memory"), (("cuda", "pinned"), ("cpu", "pageable")))
+def test_a_batch_goes_to_a_device_from_pinned_memory(device: str, memory: str) -> None:
+    """Catches an upload that blocks the host until the device has taken it."""
+    batch: Any = MicroBatch(Uploaded(), None, Uploaded())  # type: ignore[arg-type]
+    copied = f"{memory} to {device}, queued"
+    assert batch.to(torch.device(device)) == (copied, None, copied)

@@ -94,6 +94,8 @@ def test_starts_that_never_trained_do_not_count(metrics: Path) -> None:
     ("end", "failures"),
     (
         (event(Stopped, attempt=1, step=1, reason="STOP file"), 0),
+        # A second Ctrl-C.
+        (event(Stopped, attempt=1, step=1, reason="interrupted"), 0),
         (event(Stopped, attempt=1, step=1, reason="run.stop_after_steps"), 0),
         (event(Finished, attempt=1, step=1), 0),
         (event(Stopped, attempt=1, step=1, reason="save failed", problem="disk"), 1),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from k2train import early_signals
 from k2train.guard.stop_signals import SIGNALS, StopAsked, StopRequest, run_hearing
 from tests.support.command_line import soon
 
@@ -224,3 +225,80 @@ def test_what_runs_hearing_answers_as_usual() -> None:
     assert run_hearing(lambda: 7) == 7
     with pytest.raises(KeyError, match="gone"):
         run_hearing(lambda: {}["gone"])
+
+
+def test_the_launchers_copy_of_a_second_ctrl_c_interrupts_no_clean_up() -> None:
+    """Catches an end that is not recorded, because each key press arrives twice."""
+    now = [0.0]
+    with StopRequest(echo_seconds=2.0, clock=lambda: now[0]):
+        signal.raise_signal(signal.SIGINT)
+        now[0] = 3.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        now[0] = 3.1
+        signal.raise_signal(signal.SIGINT)
+        now[0] = 5.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_ctrl_c_waits_for_what_is_held() -> None:
+    """Catches a KeyboardInterrupt in the midst of torch's import, which aborts."""
+    now = [0.0]
+    with StopRequest(echo_seconds=2.0, clock=lambda: now[0]) as stop:
+        stop.begin_start()
+        with pytest.raises(StopAsked, match="SIGINT"), stop.held():
+            signal.raise_signal(signal.SIGINT)
+            now[0] = 3.0
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("saves", "said"),
+    (
+        (True, "\nk2train: SIGTERM: finishing the step, then saving\n"),
+        (False, ""),
+        (
+            None,
+            "\nk2train: SIGTERM: finishing the step, then saving, unless another process has "
+            "failed\n",
+        ),
+    ),
+)
+def test_a_save_is_promised_only_if_it_follows(
+    saves: bool | None, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a promise to save after a launcher has ended what a dead rank left."""
+    with StopRequest(announce=True) as stop:
+        stop.means_to_save = lambda name: saves
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+    assert capfd.readouterr().err == said
+
+
+def test_a_signal_of_the_imports_ends_the_start() -> None:
+    """Catches a signal that came before there was a handler and is forgotten."""
+    early_signals.keep()
+    signal.raise_signal(signal.SIGUSR1)
+    signal.raise_signal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert stop.requested == "SIGUSR1"
+        with pytest.raises(StopAsked, match="SIGUSR1"):
+            stop.begin_start()
+    assert early_signals.take() == []
+
+
+def test_kept_signals_are_handed_over_once() -> None:
+    """Catches handlers that stay behind, and an ignored SIGHUP that is heard again."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    early_signals.keep()
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):
+        signal.raise_signal(number)
+    heard: list[int] = []
+    restore, came = early_signals.replace(lambda number, frame: heard.append(number))
+    assert came == [signal.SIGINT, signal.SIGUSR2]
+    assert restore == {n: before[n] for n in SIGNALS if n != signal.SIGHUP}
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        signal.raise_signal(number)
+    assert heard == [signal.SIGUSR1] and early_signals.take() == []

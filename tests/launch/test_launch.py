@@ -34,7 +34,7 @@ from k2train.launch.__main__ import (
 from k2train.launch.environment import (
     Launch,
     another_has_stopped,
-    limit_cuda_connections,
+    means_to_save,
     open_port,
     read_launch,
     store_file,
@@ -42,8 +42,10 @@ from k2train.launch.environment import (
     write_status,
 )
 from k2train.launch.status import (
+    End,
     ProcessStatus,
     StatusBoard,
+    first_end,
     read_statuses,
     write_file,
     write_signals,
@@ -54,6 +56,7 @@ from k2train.record.events import Stopped
 from k2train.record.ledger import read_ledger
 from tests.support.command_line import HANG_SECONDS, soon
 from tests.support.tiny_corpus import (
+    ROOT,
     cold_start,
     config_tree,
     kill_all,
@@ -102,19 +105,6 @@ def test_verdict_after_a_signal(codes: dict[int, int | None], expected: int) -> 
         exit_code_after_signal({rank: ProcessStatus(code) for rank, code in codes.items()})
         == expected
     )
-
-
-def test_kernels_are_begun_in_order_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a setting of the user's that is overwritten, and a default that never reaches the
-    processes.
-    """
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "")
-    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS")
-    limit_cuda_connections()
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
-    limit_cuda_connections()
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 PATIENT = """
@@ -922,3 +912,257 @@ def test_signals_are_noted_before_they_are_handed_on(tmp_path: Path) -> None:
     text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
     assert [(tmp_path / f"noted_{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
+
+
+ENDS = """
+codes = [int(word) for word in sys.argv[2].split(",")]
+if rank == 0:
+    # Not before the other one runs: it is to be ended by the launcher.
+    while not (folder / "pid_1").exists(): time.sleep(0.01)
+else:
+    while not heard: time.sleep(0.01)
+if codes[rank] == -9:
+    os.kill(os.getpid(), signal.SIGKILL)
+write_status(rank, codes[rank])
+sys.exit(codes[rank])
+"""
+"""Rest of a process of two: rank 0 ends with a code, rank 1 with another, after it was told to."""
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    (("2,1", 2), ("2,-9", 2), ("130,1", 130), ("1,2", 1), ("-9,2", 1), ("75,2", 2)),
+)
+def test_the_process_that_ended_first_decides(tmp_path: Path, codes: str, expected: int) -> None:
+    """Catches a mistake that ends with 1, and is tried again, because a process that was ended for
+    it says 1; and a crash that passes for a mistake for the same reason.
+    """
+    program = worker(tmp_path, ENDS)
+    again = ["--restarts", "3"] if expected != 1 else []
+    process = launch(*again, *OPTIONS, program, tmp_path, codes, options=[])
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == expected, text
+    assert ("process 0 ended with" in text) == (expected == 1)
+    assert "process 1" not in text and "follows in" not in text
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    (
+        ([], None),
+        ([(75, 1.0), (0, 2.0)], None),
+        ([(1, 2.0), (2, 1.0), (75, 0.5)], 2),
+        ([(2, 2.0), (None, 1.0)], None),
+        ([(130, 3.0), (1, 4.0)], 130),
+    ),
+)
+def test_the_first_end(ends: list[tuple[int | None, float]], expected: int | None) -> None:
+    """Catches an order of ranks that is taken for an order of time."""
+    first = first_end(End(code, at) for code, at in ends)
+    assert (None if first is None else first.code) == expected
+
+
+def test_a_status_says_when_and_why_a_process_ended(tmp_path: Path) -> None:
+    """Catches ends whose order nobody can tell, and a signal that loses its name on the way."""
+    before = time.monotonic()
+    write_file(tmp_path, 0, 2)
+    write_file(tmp_path, 1, 75, reason="STOP file")
+    statuses = read_statuses(tmp_path)
+    assert before - 1e-3 <= statuses[0].ended_at <= statuses[1].ended_at <= time.monotonic() + 1e-3
+    assert (statuses[0].reason, statuses[1].reason) == ("", "STOP file")
+    assert len(ProcessStatus(75, ended_at=1e15, reason="x" * 99).record()) == 96
+    assert ProcessStatus.of(ProcessStatus(75, ended_at=1.5, reason="USR1").record()) == (
+        ProcessStatus(75, ended_at=1.5, reason="USR1")
+    )
+
+
+REFUSED = """
+import os, pathlib, sys, time
+from k2train.train import __main__ as program, run
+folder = pathlib.Path(sys.argv[1])
+if os.environ["RANK"] == "1":
+    meet = run.start_process_group
+    def there(*given):
+        (folder / "meets").touch()
+        return meet(*given)
+    run.start_process_group = there
+else:
+    while not (folder / "meets").exists():
+        time.sleep(0.05)
+sys.exit(program.main(sys.argv[2:]))
+"""
+"""A training of two, in which rank 0 begins when rank 1 waits for it."""
+
+
+def test_a_refusal_of_one_rank_is_that_of_all(config: Path, tmp_path: Path) -> None:
+    """Catches a STOP file, a second job, changed data or a cut ledger that end with 1."""
+    (run := tmp_path / "runs" / "run").mkdir(parents=True)
+    (run / "STOP").touch()
+    (tmp_path / "refused.py").write_text(REFUSED)
+    process = launch(
+        "--restarts", "2", *OPTIONS, tmp_path / "refused.py", tmp_path, config, options=[]
+    )
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 2, text
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert len(lines) == 1 and "STOP" in lines[0], text
+
+
+SLOW = """
+import os, pathlib, sys, time
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        folder = pathlib.Path(os.environ["SLOW_FOLDER"])
+        if name == os.environ["SLOW_MODULE"] and not (folder / "importing").exists():
+            (folder / "importing").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.02)
+sys.meta_path.insert(0, Slow())
+"""
+"""Start-up code of Python that makes the import of one module wait."""
+
+
+def test_ctrl_c_while_a_tool_imports(tmp_path: Path) -> None:
+    """Catches a traceback out of pydantic for a command that has begun nothing."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    process = cold_start(
+        [ROOT / "tools" / "plan.py", "--help"],
+        PYTHONPATH=str(tmp_path),
+        SLOW_FOLDER=str(tmp_path),
+        SLOW_MODULE="pydantic",
+    )
+    STARTED.append(process)
+    assert soon((tmp_path / "importing").exists), process.poll()
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert (process.returncode, text) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("name", ("SIGINT", "SIGTERM"))
+@pytest.mark.parametrize("program", ("k2train.launch", "k2train.train"))
+def test_a_signal_during_the_imports(tmp_path: Path, program: str, name: str) -> None:
+    """Catches a traceback out of somebody's module, and an end without a word."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW)
+    module = "torch" if program == "k2train.launch" else "pydantic"
+    before = ["--nproc-per-node", "2", "-m", "k2train.train"] if program == "k2train.launch" else []
+    process = cold_start(
+        ["-m", program, *before, "none.yaml"],
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
+        SLOW_FOLDER=str(tmp_path),
+        SLOW_MODULE=module,
+    )
+    STARTED.append(process)
+    assert soon((tmp_path / "importing").exists), process.poll()
+    process.send_signal(getattr(signal, name))
+    # The kernel delivers it before the process looks at the file.
+    (tmp_path / "go").touch()
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 75, text
+    assert text.count("\n") == 1 and name in text and "Traceback" not in text, text
+
+
+GONE = """
+import os, sys
+from k2train.errors import DataError
+from k2train.train.__main__ import main
+from k2train.train.batches import BatchSource
+read = BatchSource.step
+def step(self, number, *given):
+    if number == 3 and os.environ["RANK"] == sys.argv[1]:
+        raise DataError("chunk_000.npy is gone")
+    return read(self, number, *given)
+BatchSource.step = step
+sys.exit(main(sys.argv[2:]))
+"""
+"""A training of two, in which one rank finds in step 3 that a chunk was deleted."""
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_a_mistake_that_one_rank_finds_in_a_step(config: Path, tmp_path: Path, rank: int) -> None:
+    """Catches data that are deleted while a run trains, told twice and ended like a crash."""
+    (tmp_path / "gone.py").write_text(GONE)
+    process = launch("--restarts", "2", *OPTIONS, tmp_path / "gone.py", rank, config, options=[])
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 2, text
+    told = [line for line in text.splitlines() if "is gone" in line]
+    assert told == ["k2train: " + "rank 1: " * rank + "chunk_000.npy is gone"], text
+    assert "finishing the step" not in text and "ended with" not in text
+    end = read_ledger(tmp_path / "runs" / "run" / "ledger.jsonl")[-1].event
+    assert isinstance(end, Stopped)
+    assert (end.reason, end.step, end.problem) == ("refused", 3, "chunk_000.npy is gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "noted", "codes", "world", "expected"),
+    (
+        ("SIGTERM", ["SIGTERM"], {}, 2, True),
+        ("SIGTERM", [], {}, 2, None),
+        ("SIGTERM", [], {1: "dead"}, 2, False),
+        ("SIGTERM", ["SIGTERM"], {1: 1}, 2, False),
+        ("SIGTERM", [], {1: 2}, 2, False),
+        ("SIGUSR1", [], {1: "dead"}, 2, True),
+        ("SIGTERM", [], {}, 1, True),
+    ),
+)
+def test_whether_a_signal_leads_to_a_save(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    noted: list[str],
+    codes: dict[int, int | str],
+    world: int,
+    expected: bool | None,
+) -> None:
+    """Catches a promise to save after a rank was killed, which the launcher's SIGTERM follows."""
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    write_status(0, None)
+    for rank, code in codes.items():
+        status = ProcessStatus(None, os.getpid(), 1) if code == "dead" else ProcessStatus(int(code))
+        (tmp_path / f"rank_{rank}").write_bytes(status.record())
+    if noted:
+        write_signals(tmp_path, noted)
+    assert means_to_save(name) is expected
+    # Without our launcher nobody notes anything.
+    monkeypatch.delenv("K2TRAIN_VERDICTS")
+    assert means_to_save(name) is (True if name != "SIGTERM" or world == 1 else None)
+
+
+STEP_LASTS = """
+import os, pathlib, sys, time
+from k2train.train.__main__ import main
+from k2train.train.engine import Engine
+folder, steps = pathlib.Path(sys.argv[1]), []
+train = Engine.train_step
+def train_step(self, *given):
+    steps.append(1)
+    if len(steps) == 2 and os.environ["RANK"] == "1":
+        (folder / "lasts").touch()
+        while True:
+            time.sleep(0.05)
+    return train(self, *given)
+Engine.train_step = train_step
+sys.exit(main(sys.argv[2:]))
+"""
+"""A training of two, in which rank 1 never ends its second step: rank 0 waits in a collective."""
+
+
+def test_a_second_ctrl_c_ends_all_processes(config: Path, tmp_path: Path) -> None:
+    """Catches a person's decision that ends with 1, in several lines, and counts as a failure."""
+    (tmp_path / "lasts.py").write_text(STEP_LASTS)
+    process = launch(
+        "--restarts", "2", *OPTIONS, tmp_path / "lasts.py", tmp_path, config, options=[]
+    )
+    assert soon((tmp_path / "lasts").exists), process.poll()
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.1)
+    # Twice, as from a terminal: the copy must not interrupt the end.
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == 130, text
+    told = [line for line in text.splitlines() if "interrupted" in line or "ended" in line]
+    assert len(told) == 1 and told[0].startswith("k2train: interrupted at step 2: ended at"), text
+    assert "Traceback" not in text and "died" not in text
+    end = read_ledger(tmp_path / "runs" / "run" / "ledger.jsonl")[-1].event
+    assert isinstance(end, Stopped) and (end.reason, end.step) == ("interrupted", 2)

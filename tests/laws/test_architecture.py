@@ -25,6 +25,7 @@ SOURCE = [*PACKAGE, *TOOLS]
 
 BASE = {
     "command_line",
+    "early_signals",
     "errors",
     "fault_injection",
     "files",
@@ -47,10 +48,13 @@ ALLOWED = {
     "safe_json": {"retry"},
     "config": {"errors", "files", "safe_json"},
     "plan": {"errors"},
-    "launch": {"command_line", "errors", "processes"},
+    "launch": {"command_line", "early_signals", "errors", "processes"},
     "record": {"errors", "fault_injection", "files", "retry", "safe_json", "text"},
     "parallel": {"errors", "launch", "plan", "safe_json", "state_digest"},
+    "triton_kernels": {"errors"},
     **{name: {*BASE, "plan", "parallel"} for name in THIRD_LAYER},
+    "model": {*BASE, "plan", "parallel", "triton_kernels"},
+    "optim": {*BASE, "plan", "parallel", "triton_kernels"},
     "train": {*BASE, "config", "launch", "plan", "parallel", "record", *THIRD_LAYER},
 }
 """What each room may import besides itself."""
@@ -139,11 +143,11 @@ TORCH_FREE = [
 TORCH_ALLOWED = {"data/loader.py"}
 
 INNER_IMPORTS = re.compile(
-    r"k2train/(record/wandb|model/kernels/\w+|data/(prepare/[\w/]+|tokenizer|inspect/provenance))\.py"
+    r"k2train/(record/wandb|model/kernels/\w+|triton_kernels/load|data/(prepare/[\w/]+|tokenizer|inspect/provenance))\.py"
 )
 """Optional packages may be imported where they are used."""
 ENVIRONMENT = re.compile(
-    r"k2train/(train/host_memory|launch/environment|record/\w+)\.py|tools/mutation_check\.py"
+    r"k2train/(train/host_memory|launch/environment(_defaults)?|record/\w+)\.py|tools/mutation_check\.py"
 )
 """The last one only hands its environment on to the tests it starts."""
 PRINTS = re.compile(

@@ -24,6 +24,7 @@ NEED_NOTHING = {
     "bench_watch",
     "config_reference",
     "fault_run",
+    "gpu_check",
     "mutation_check",
     "mutation_draw",
 }

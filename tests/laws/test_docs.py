@@ -132,6 +132,9 @@ ELSEWHERE = {
     "python tools/bench_schedules.py --svg pictures": "test_bench_schedules, at tiny sizes",
     "python tools/bench_profile.py": "test_bench_profile, at tiny sizes",
     "python tools/bench.py gpu": "test_bench_gpu, as a dry run",
+    "bash scripts/gpu_check.sh": "test_gpu_check, as a dry run",
+    "bash scripts/gpu_check.sh --dry-run": "test_gpu_check, and test_scripts",
+    "bash scripts/gpu_site.sh --python 3.12": "test_scripts, with a stand-in for pip",
     "python tools/bench_watch.py --steps 5": "test_bench_watch, at tiny sizes",
     "python tools/mutation_check.py --only softmax": "test_mutations, with other mutations",
 }

@@ -1,5 +1,6 @@
 """Weight initialization by name and seed, and rotary tables that no cast can round."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from k2train.model.layers import Rotary
 from k2train.model.transformer import Stage
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import ParamSlice, named_slices
-from k2train.train.engine import kernels_of
 from k2train.train.setup import Setup, architecture_of
+from k2train.train.setup_kernels import kernels_of
 from tests.support.tiny_model import shapes_of, tiny_config
 
 CPU = torch.device("cpu")
@@ -48,6 +49,32 @@ def test_a_slice_is_the_slice_of_the_whole(one: int, other: int) -> None:
     start, stop = sorted((one, other))
     whole = draw_rows(7, "head.weight", 3, 0.5, 0, 600)
     assert np.array_equal(draw_rows(7, "head.weight", 3, 0.5, start, stop), whole[start:stop])
+
+
+def test_threads_and_columns_change_no_value() -> None:
+    """Catches blocks that land in each other's rows, and columns that are drawn by themselves."""
+    whole = draw_rows(7, "down.weight", 40, 0.5, 0, 1500)
+    with ThreadPoolExecutor(7) as pool:
+        # In an order of their own: the last block is drawn first.
+        backwards: Any = lambda draw, blocks: pool.map(draw, reversed(blocks))  # noqa: E731
+        drawn = draw_rows(7, "down.weight", 40, 0.5, 100, 1400, slice(10, 20), backwards)
+    assert drawn.flags.c_contiguous and np.array_equal(drawn, whole[100:1400, 10:20])
+
+
+def test_a_thread_that_fails_is_heard() -> None:
+    """Catches weights that stay whatever memory held, because an error was nobody's."""
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="x"):
+        draw_rows(7, "down.weight", 4, "x", 0, 600, mapper=pool.map)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("threads", (1, 4))
+def test_a_model_is_the_same_from_any_number_of_threads(threads: int) -> None:
+    """Catches a thread's draws that go to another parameter."""
+    one, other = (stage_of(tiny_config(), SINGLE["tp"]) for _ in range(2))
+    initialize([one], 7)
+    initialize([other], 7, threads=threads)
+    pairs = list(zip(named_slices(one), named_slices(other), strict=True))
+    assert pairs and all(torch.equal(a[0], b[0]) for a, b in pairs)
 
 
 def test_seed_name_and_block_each_matter() -> None:

@@ -18,8 +18,9 @@ from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import ParamSlice, Sharded, named_slices
-from k2train.train.engine import Engine, kernels_of
+from k2train.train.engine import Engine
 from k2train.train.setup import Setup, architecture_of
+from k2train.train.setup_kernels import kernels_of
 from tests.support.gloo_pool import GlooPool
 from tests.support.lanes import lanes
 from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config

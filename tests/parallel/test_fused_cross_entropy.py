@@ -16,16 +16,11 @@ from k2train.errors import DataError
 from k2train.launch.environment import Launch
 from k2train.parallel import fused_cross_entropy as loss_module
 from k2train.parallel.cross_entropy import IGNORE, VocabShard
-from k2train.parallel.fused_cross_entropy import (
-    STRIP_BYTES,
-    STRIP_ROWS,
-    fused_cross_entropy,
-    strip_rows,
-)
+from k2train.parallel.fused_cross_entropy import fused_cross_entropy
 from k2train.parallel.grad_accumulation import GradAccumulator, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.shard import even_slice
-from k2train.plan.memory import MIB
+from k2train.plan.memory import MIB, STRIP_BYTES, STRIP_ROWS, strip_rows
 from tests.support.gloo_pool import GlooPool
 
 SEQUENCE, ROWS, HIDDEN = 8, 3, 16
@@ -327,6 +322,24 @@ def test_strips_are_bounded_and_even(rows: int, width: int, device: str) -> None
     most = max(STRIP_ROWS[device], STRIP_BYTES[device] // (4 * max(width, 1)))
     assert strips <= -(-rows // most), "more strips than needed"
     assert strip_rows(1024, 8192, "cpu") == 512 and STRIP_BYTES["cpu"] == 16 * MIB
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "strip"),
+    (
+        (8192, 32_000, 4096),  # two passes over the gradient of the matrix, not eight
+        (8192, 32_032 // 8, 8192),  # a tensor-parallel rank of K2: one
+        (8192, 128_256, 1024),
+        (8192, 1_000_000, 1024),  # beyond STRIP_BYTES, but enough rows for a product
+        (100, 32_000, 100),
+    ),
+)
+def test_strips_of_a_gpu_are_long(rows: int, vocabulary: int, strip: int) -> None:
+    """Catches strips so short that a GPU reads and writes the fp32 gradient of the head's matrix
+    many times, and so long that the logits take gigabytes.
+    """
+    assert strip_rows(rows, vocabulary, "cuda") == strip
+    assert 4 * strip * vocabulary <= max(512 * MIB, 4 * 1024 * vocabulary)
 
 
 def test_a_bad_label_in_a_later_strip_adds_nothing() -> None:

@@ -6,11 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from k2train.parallel import grad_accumulation
 from k2train.parallel.grad_accumulation import (
+    IN_PLACE,
+    ROUNDED,
     GradAccumulator,
     WeightGradStore,
     accumulator_of,
+    add_product,
     attach,
+    gradient_sums,
 )
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
@@ -29,6 +34,82 @@ def test_products_and_rows_add_up_in_fp32() -> None:
     assert total[:, 0].tolist() == [1024.0, 1030.0, 1030.0, 1024.0, 1024.5]
     accumulator.add_product(dy.float(), x.float(), first_row=3)
     assert total[:, 2].tolist() == [1024.0, 1030.0, 1030.0, 1026.0, 1026.5]
+
+
+HALF = torch.bfloat16
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def asked_device(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let a device that is not there answer with host memory; set what its product does."""
+    ones, addmm = torch.ones, torch.addmm
+    answers: list[Any] = []
+
+    def product(into: Any, a: Any, b: Any, *, out_dtype: Any, out: Any) -> Any:
+        assert out_dtype == torch.float32 and out is into
+        answer = answers.pop()
+        if isinstance(answer, Exception):
+            raise answer
+        return out.copy_(addmm(into, a.float(), b.float()) if answer is None else answer(a, b))
+
+    monkeypatch.setattr(torch, "ones", lambda *size, device, **more: ones(*size, **more))
+    monkeypatch.setattr(torch, "addmm", product)
+    grad_accumulation._adds_into_fp32.cache_clear()
+    yield answers
+    grad_accumulation._adds_into_fp32.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    (
+        NotImplementedError("Could not run 'aten::addmm.dtype_out' with arguments from 'CUDA'"),
+        TypeError("addmm() got an unexpected keyword argument 'out_dtype'"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx"),
+        # Accepted, but rounded on the way.
+        lambda a, b: 1 + (a @ b).float(),
+    ),
+)
+def test_a_device_that_cannot_add_into_fp32_is_told(asked_device: Any, answer: Any) -> None:
+    """Catches gradients rounded to bf16 under the name of exact ones."""
+    asked_device.append(answer)
+    assert gradient_sums(CUDA, HALF) == ROUNDED
+    assert gradient_sums(CUDA, HALF) == ROUNDED and not asked_device, "asked once"
+
+
+def test_a_device_that_adds_into_fp32_is_told(asked_device: Any) -> None:
+    """Catches a device asked for what it need not do, and a temporary where none is needed."""
+    asked_device.append(None)
+    assert gradient_sums(CUDA, HALF) == IN_PLACE
+    assert gradient_sums(CUDA, torch.float32) == IN_PLACE and not asked_device
+    assert gradient_sums(torch.device("cpu"), HALF) == ROUNDED
+    assert gradient_sums(torch.device("cpu"), torch.float32) == IN_PLACE
+
+
+@pytest.mark.parametrize(
+    "error",
+    (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        TypeError("unsupported operand type(s) for *: 'Tensor' and 'NoneType'"),
+    ),
+)
+def test_any_other_error_ends_the_start(asked_device: Any, error: Exception) -> None:
+    """Catches a broken device that quietly computes with other numbers."""
+    asked_device.append(error)
+    with pytest.raises(type(error), match=str(error)[:20].replace("(", r"\(")):
+        gradient_sums(CUDA, HALF)
+
+
+def test_what_is_said_is_what_is_done() -> None:
+    """Catches a line about one way of adding and a product that takes another: 257 is no bf16."""
+    dy, x = torch.ones(256, 2, dtype=HALF), torch.ones(256, 3, dtype=HALF)
+    x[0] = 2.0
+    for factor in (HALF, torch.float32):
+        total = torch.zeros(2, 3)
+        add_product(total, dy.to(factor), x.to(factor))
+        expected = 256 if gradient_sums(torch.device("cpu"), factor) == ROUNDED else 257
+        assert total.unique().tolist() == [expected]
 
 
 def test_arrivals_are_told() -> None:

@@ -10,14 +10,17 @@ import torch.distributed._symmetric_memory as torch_symmetric
 
 from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
-from k2train.parallel import collective_matmul
+from k2train.parallel import collective_matmul, symmetric_memory
 from k2train.parallel.collective_matmul import Product, Split, Symmetric
-from k2train.parallel.grid import Axis
+from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.parallel.symmetric_memory import (
+    first_device,
     gather_multiply,
     multiply_scatter,
     require_symmetric_memory,
+    symmetric_memory_problem,
 )
+from k2train.plan.layout import Layout
 from tests.support.gloo_pool import GlooPool
 
 UNFUSED = {
@@ -112,9 +115,10 @@ def test_what_is_missing_is_said(
     what to change.
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    require_symmetric_memory.cache_clear()
+    symmetric_memory_problem.cache_clear()
+    axis = Axis("tp", ranks, 0, None, sequence=sequence)
     with pytest.raises(ConfigError, match=message) as refused:
-        require_symmetric_memory(ranks, sequence, plain)
+        require_symmetric_memory(axis, plain)
     assert str(refused.value).startswith("parallel.symmetric_memory needs ")
     assert "\n" not in str(refused.value)
 
@@ -126,15 +130,66 @@ def test_devices_must_read_each_other(monkeypatch: pytest.MonkeyPatch, reachable
     """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "can_device_access_peer", lambda a, b: reachable or (a, b) != (1, 0)
     )
-    require_symmetric_memory.cache_clear()
+    symmetric_memory_problem.cache_clear()
+    axis = Axis("tp", 2, 1, None, sequence=True)
 
     if reachable:
-        require_symmetric_memory(2, True, True)
+        require_symmetric_memory(axis, True)
     else:
         with pytest.raises(ConfigError, match="CUDA device 1 cannot read 0"):
-            require_symmetric_memory(2, True, True)
+            require_symmetric_memory(axis, True)
 
-    require_symmetric_memory.cache_clear()
+    symmetric_memory_problem.cache_clear()
+
+
+def test_only_the_ranks_of_the_axis_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two halves of a machine taken for connected, a pair refused because of another one,
+    and ranks of two machines taken for those of one.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    # Two pairs: 0 and 1, 2 and 3.
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a // 2 == b // 2)
+    found = {}
+    for current, rank, ranks in ((0, 0, 2), (3, 1, 2), (2, 1, 2), (3, 3, 4), (0, 1, 2), (3, 0, 2)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=current: device)
+        symmetric_memory_problem.cache_clear()
+        problem = symmetric_memory_problem(ranks, True, True, first_device(rank))
+        found[current, rank, ranks] = "" if problem is None else problem
+    symmetric_memory_problem.cache_clear()
+
+    assert not found[0, 0, 2] and not found[3, 1, 2]
+    assert "CUDA device 1 cannot read 2" in found[2, 1, 2]
+    assert "CUDA device 0 cannot read 2" in found[3, 3, 4]
+    assert all("on CUDA devices of one machine" in found[key] for key in ((0, 1, 2), (3, 0, 2)))
+
+
+def agreed_job(launch: Launch, reachable: tuple[bool, ...]) -> tuple[str, str]:
+    """What `auto` finds on a rank whose device reads its peer's, or does not; then on a CPU."""
+    grid = ProcessGrid(Layout(tensor=2, data=2), launch.rank, torch.device("cpu"))
+    on_cpu = symmetric_memory.shared_problem(grid, True, True)
+    grid.device = torch.device("cuda", launch.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 4)
+        patch.setattr(torch.cuda, "current_device", lambda: launch.rank)
+        patch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: reachable[launch.rank])
+        symmetric_memory_problem.cache_clear()
+        found = symmetric_memory.shared_problem(grid, True, True)
+    symmetric_memory_problem.cache_clear()
+    return found, on_cpu
+
+
+@pytest.mark.parametrize("reachable", ((True,) * 4, (True, True, False, True)), ids=str)
+def test_all_ranks_decide_alike(pool: GlooPool, reachable: tuple[bool, ...]) -> None:
+    """Catches ranks that choose by their own machine: two halves of a run with other numbers, or
+    peers that wait for each other in different operators.
+    """
+    expected = "" if all(reachable) else "rank 2 needs devices that read each other's memory, "
+    for found, on_cpu in pool.run(4, agreed_job, reachable):
+        assert found == "" if not expected else found.startswith(expected)
+        assert on_cpu == "2 ranks of parallel.tensor on cpu"

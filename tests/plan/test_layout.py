@@ -43,6 +43,17 @@ def test_groups_partition_the_world_along_their_axis(layout: Layout, axis: str) 
             assert len({getattr(coordinate, other) for coordinate in coordinates}) == 1
 
 
+@given(layouts, st.sampled_from(AXES))
+def test_peers_are_the_group_that_holds_a_rank(layout: Layout, axis: str) -> None:
+    """Catches a shortcut that gives a rank the group of another one."""
+    for group in layout.groups(axis):
+        assert all(layout.peers(rank, axis) == group for rank in group)
+    for rank in range(layout.world_size):
+        pp = layout.coordinate(rank).pp
+        stage = [r for r in range(layout.world_size) if layout.coordinate(r).pp == pp]
+        assert layout.peers(rank, "stage") == tuple(stage)
+
+
 def test_tensor_is_innermost_and_pipeline_outermost() -> None:
     """Catches a swapped order: the chattiest group would cross nodes."""
     layout = Layout(tensor=2, pipeline=2, data=3)

@@ -1,5 +1,6 @@
 """Peak memory of a rank: planned against the most ever held while a micro-batch ran."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ from k2train.launch.environment import Launch
 from k2train.plan.activations import ActivationSpec, stage_bytes
 from k2train.plan.cost import ModelShape, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
-from k2train.plan.memory import BUCKET_BYTES, RankMemory, rank_memory, transfer_bytes, working_bytes
+from k2train.plan.memory import (
+    BUCKET_BYTES,
+    RankMemory,
+    loss_working_bytes,
+    rank_memory,
+    transfer_bytes,
+    working_bytes,
+)
 from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
@@ -119,3 +127,15 @@ def test_k2_fits_its_devices() -> None:
     totals = [rank.total_bytes / 2**30 for rank in ranks]
     assert totals == sorted(totals, reverse=True)
     assert 30 < totals[0] < 40
+
+
+def test_the_logits_of_a_strip_on_a_device() -> None:
+    """Catches a plan that counts the fp32 copy of a bf16 strip where a kernel needs none, or leaves
+    it out where torch's operators make it: 4096 rows of 32,000 columns, in 2 and 4 bytes.
+    """
+    shape = ModelShape(24, 2048, 5504, 16, 16, 32000)
+    work = ActivationSpec(shape, 2048, 4, "bf16")
+    logits, residual = 4096 * 32000, 8192 * 2048 * 2
+    assert loss_working_bytes(work) == residual + 6 * logits
+    assert loss_working_bytes(replace(work, loss="triton")) < residual + 3 * logits
+    assert loss_working_bytes(replace(work, loss="triton")) >= residual + 2 * logits

@@ -24,6 +24,7 @@ from k2train import fault_injection
 from k2train.errors import RunError
 from k2train.record.events import (
     CheckpointSaved,
+    Faults,
     Finished,
     Resumed,
     Started,
@@ -32,10 +33,10 @@ from k2train.record.events import (
     of_kind,
 )
 from k2train.record.jsonl import encode_line
-from k2train.record.ledger import Ledger, read_ledger
+from k2train.record.ledger import Ledger, read_ledger, run_notes
 from k2train.record.line_check import TAIL, with_check
 from k2train.record.system_info import environment_facts, processor_name
-from tests.support.events import event
+from tests.support.events import entries, event
 
 ROOT = Path(__file__).resolve().parents[2]
 WRITER = """
@@ -354,3 +355,19 @@ def test_the_processor_is_named_or_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert processor_name() == processor_name().strip()
     monkeypatch.setattr("builtins.open", mock.Mock(side_effect=FileNotFoundError))
     assert processor_name() == ""
+
+
+def test_notes_tell_of_attempts_whose_bits_do_not_repeat() -> None:
+    """Catches a run compared with another to the bit that never could have been its equal."""
+    recorded = entries(
+        event(Started, attempt=1, deterministic=False),
+        event(Faults, attempt=1, faults=("end:term",)),
+        event(Resumed, attempt=2, deterministic=True),
+        event(Resumed, attempt=3),
+        event(Resumed, attempt=4, deterministic=False),
+    )
+    faults, *loose = run_notes(iter(recorded))
+    assert faults == "attempt 1 had faults on purpose: end:term"
+    assert [line.split(": ")[0] for line in loose] == [
+        f"attempt {n} computed with kernels.deterministic false" for n in (1, 4)
+    ]

@@ -16,8 +16,15 @@ from typing import Any
 
 import pytest
 
-TOGETHER = {"tests/system/test_slurm_data.py": "slurm", "tests/system/test_slurm_train.py": "slurm"}
-"""Files with one cluster between them."""
+TOGETHER = {
+    "tests/system/test_slurm_data.py": "slurm",
+    "tests/system/test_slurm_train.py": "slurm",
+    "tests/emulated_cuda/test_emulation.py": "emulated CUDA",
+    "tests/emulated_cuda/test_engine.py": "emulated CUDA",
+    "tests/emulated_cuda/test_trainer.py": "emulated CUDA",
+    "tests/emulated_cuda/test_worlds.py": "emulated CUDA",
+}
+"""Files with one cluster, or one pool of emulated devices, between them."""
 APART = ("tests/laws/test_layout_law.py", "tests/system/test_mutations.py")
 FIRST = (
     "slurm",
@@ -25,8 +32,11 @@ FIRST = (
     "tests/system/test_fault_tests.py",
     "tests/watchdog/test_watchdog.py",
     "tests/tools/test_bench_gpu.py",
+    "emulated CUDA",
 )
-"""Units in which most of the time is waiting: what runs beside them has the processors."""
+"""Units in which most of the time is waiting: what runs beside them has the processors. The last
+one may wait for its CUDA build, which continuous integration installs meanwhile.
+"""
 SHOWN = 30
 
 
@@ -39,7 +49,11 @@ def unit_of(nodeid: str) -> str:
 def mechanism_of(item: pytest.Item) -> str:
     """What a test needs most, for the table of durations."""
     fixtures = getattr(item, "fixturenames", ())
-    for name, mechanism in (("cluster", "SLURM"), ("pool", "gloo pool")):
+    for name, mechanism in (
+        ("cluster", "SLURM"),
+        ("emulated", "emulated CUDA"),
+        ("pool", "gloo pool"),
+    ):
         if name in fixtures:
             return mechanism
     return "whole programs" if "/system/" in item.nodeid or "/tools/" in item.nodeid else "other"

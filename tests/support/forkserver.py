@@ -18,12 +18,13 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from fault_tests.forkserver import MODULES  # noqa: E402
-from fault_tests.processes import ForkServer, Job  # noqa: E402
+from fault_tests.processes import INHERITED, ForkServer, Job  # noqa: E402
 
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "600"))
 """A guard against waiting for ever; no test is meant to come near it, however busy the machine is.
@@ -32,21 +33,31 @@ GRACE_SECONDS = 0.5
 """How long ranks have to end by themselves when one of them has failed: torchrun gives them as
 little.
 """
-_servers: list[ForkServer] = []
+_servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
 
 
-def server() -> ForkServer:
-    """The server of this test process, started at its first use."""
-    if not _servers:
+def server(**variables: str) -> ForkServer:
+    """The server of this test process, started at its first use.
+
+    There is another one for each set of environment variables that its imports are to see.
+    """
+    key = tuple(sorted(variables.items()))
+    if key not in _servers:
         folder = Path(tempfile.mkdtemp(prefix="k2train-forkserver-"))
-        _servers.append(ForkServer(folder, [*MODULES, "pytest", "hypothesis"]).__enter__())
-    return _servers[0]
+        started = ForkServer(folder, [*MODULES, "pytest", "hypothesis"])
+        # Not by pytest: the processes of another Python import this, too.
+        with mock.patch.dict(os.environ, variables):
+            if variables:
+                # The server that is already running has imported everything without them.
+                os.environ.pop(INHERITED, None)
+            _servers[key] = started.__enter__()
+    return _servers[key]
 
 
 def close() -> None:
     """End the server, if one was started, and remove what its processes wrote."""
     while _servers:
-        ended = _servers.pop()
+        _, ended = _servers.popitem()
         ended.__exit__()
         shutil.rmtree(ended.scratch, ignore_errors=True)
 
@@ -56,8 +67,8 @@ class Process:
     a launcher's.
     """
 
-    def __init__(self, job: Job, merged: bool):
-        self.job, self.merged = job, merged
+    def __init__(self, job: Job, merged: bool, started_by: ForkServer):
+        self.job, self.merged, self.server = job, merged, started_by
 
     @property
     def pids(self) -> list[int]:
@@ -80,12 +91,12 @@ class Process:
         return next((code for code in bad if code != -signal.SIGTERM), bad[0]) if bad else 0
 
     def poll(self) -> int | None:
-        server().poll()
+        self.server.poll()
         return self.returncode
 
     def wait(self, timeout: float = PATIENCE_SECONDS) -> int:
         """Until all have ended; when one fails, the others are asked to end, as a launcher does."""
-        server().wait_as_launcher(self.job, timeout, GRACE_SECONDS, timeout)
+        self.server.wait_as_launcher(self.job, timeout, GRACE_SECONDS, timeout)
         if not self.job.over:
             raise subprocess.TimeoutExpired("a warm process", timeout)
         assert self.returncode is not None, "it has ended"
@@ -101,7 +112,7 @@ class Process:
         return self.job.text("out")
 
     def send_signal(self, number: int) -> None:
-        server().poll()
+        self.server.poll()
         for rank in range(len(self.job.pids)):
             self.job.send(rank, number)
 
@@ -115,11 +126,15 @@ def start(
     folder: Path = ROOT,
     processes: int = 1,
     merged: bool = True,
+    on: ForkServer | None = None,
 ) -> Process:
-    """Start `python COMMAND`; several `processes` are the ranks of one job."""
-    variables = dict(os.environ if environment is None else environment)
-    job = server().start([command] * processes, variables, folder, processes > 1, merged)
-    return Process(job, merged)
+    """Start `python COMMAND`; several `processes` are the ranks of one job.
+
+    `on` is another server than that of all tests.
+    """
+    variables, by = dict(os.environ if environment is None else environment), on or server()
+    job = by.start([command] * processes, variables, folder, processes > 1, merged)
+    return Process(job, merged, by)
 
 
 def run(
@@ -128,8 +143,9 @@ def run(
     folder: Path = ROOT,
     processes: int = 1,
     timeout: float = PATIENCE_SECONDS,
+    on: ForkServer | None = None,
 ) -> "subprocess.CompletedProcess[str]":
     """Run `python COMMAND` to its end."""
-    process = start(command, environment, folder, processes, merged=False)
+    process = start(command, environment, folder, processes, merged=False, on=on)
     out, err = process.communicate(timeout)
     return subprocess.CompletedProcess([str(part) for part in command], process.wait(), out, err)

@@ -17,17 +17,18 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tests.support import forkserver
-from tests.support.forkserver import Job
+from tests.support.forkserver import ForkServer, Job
 
 LIMIT_SECONDS = forkserver.PATIENCE_SECONDS
-KEY = "GLOO_POOL_KEY"
+KEY, BACKEND = "GLOO_POOL_KEY", "GLOO_POOL_BACKEND"
 _ids = itertools.count()
 
 
@@ -52,7 +53,7 @@ def serve(arguments: Sequence[str]) -> int:
             os._exit(0)
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world
+                os.environ[BACKEND], init_method=f"file://{store}", rank=rank, world_size=world
             )
             function = getattr(importlib.import_module(module), name)
             result = ("ok", function(Launch(rank, world, rank, launched=True), *args))
@@ -70,9 +71,22 @@ def serve(arguments: Sequence[str]) -> int:
 class GlooPool:
     """Workers are started on first use; `run(world, job, *args)` runs a job on the first `world` of
     them.
+
+    `server` forks them (None: the one whose process has `variables`), `worker` is their function,
+    `backend` that of the process group. `variables` are in the environment of the workers, and of
+    all that they import.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        server: Callable[[], ForkServer] | None = None,
+        worker: str = "tests.support.gloo_pool:serve",
+        backend: str = "gloo",
+        **variables: str,
+    ) -> None:
+        self._server = server or partial(forkserver.server, **variables)
+        self._worker = worker
+        self._variables = {BACKEND: backend, **variables}
         # A socket's name is short, the test's own folder need not be.
         self.directory = Path(tempfile.mkdtemp(prefix="k2train-pool-"))
         self.workers: list[tuple[Job, Connection]] = []
@@ -89,10 +103,9 @@ class GlooPool:
                     "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": os.pathsep.join(sys.path),
                     KEY: bytes(current_process().authkey).hex(),
+                    **self._variables,
                 }
-                job = forkserver.server().start(
-                    [["tests.support.gloo_pool:serve", name]], environment, merged=True
-                )
+                job = self._server().start([[self._worker, name]], environment, merged=True)
                 joined, _ = listener.accept()
             joined.setblocking(True)
             self.workers.append((job, Connection(joined.detach())))
@@ -126,7 +139,7 @@ class GlooPool:
     def _end_workers(self) -> None:
         for worker, connection in self.workers:
             connection.close()
-            forkserver.server().end(worker)
+            self._server().end(worker)
         self.workers = []
 
     def close(self) -> None:

@@ -76,6 +76,7 @@ def spec_of(config: Config, engine: Engine) -> ActivationSpec:
         device=engine.grid.device.type,
         attention=engine.kernels.attention_name,
         matmul=engine.kernels.matmul,
+        loss=engine.kernels.loss,
         block=engine.setup.block,
         recompute=config.kernels.recompute,
         recompute_layers=config.kernels.recompute_layers,

@@ -89,12 +89,20 @@ def test_the_draw_is_that_of_its_seed_and_over_all_rooms() -> None:
     assert not {edit.file for edit in first} & set(tool.NOT_ON_A_CPU)
 
 
-def test_tests_of_a_file_come_first_and_whole_runs_last() -> None:
+def test_tests_of_a_file_come_first_and_whole_runs_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("K2TRAIN_CUDA_PYTHON", raising=False)
     stages = tool.stages_of(ROOT, "k2train/optim/adamw.py")
     assert stages[0] == ["tests/optim/test_adamw.py", "-m", "not slow"]
     assert "tests/optim/test_adamw.py" not in stages[1]
-    assert set(tool.WHOLE) <= set(stages[2]) and stages[-1][-2:] == ["-m", "slow"]
+    assert set(tool.WHOLE) <= set(stages[-2]) and stages[-1][-2:] == ["-m", "slow"]
     assert all((ROOT / test).exists() for test in tool.WHOLE)
+
+    # `load` imports it, and golden checkpoints are read in the tests of `load` alone.
+    stages = tool.stages_of(ROOT, "k2train/checkpoint/reshard_read.py")
+    assert "tests/checkpoint/test_load.py" in {test for stage in stages for test in stage}
+    monkeypatch.setenv("K2TRAIN_CUDA_PYTHON", "python3")
+    assert [tool.EMULATED, "-m", "not slow"] in tool.stages_of(ROOT, "k2train/optim/adamw.py")
+    assert (ROOT / tool.EMULATED).exists()
 
 
 @pytest.fixture(scope="module")

@@ -400,9 +400,51 @@ def test_continuous_integration_runs_everything(copy: Copy) -> None:
     """Catches slow tests left out where nobody is in a hurry, and a
     failure that CI does not see.
     """
-    assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0").returncode == 0
+    nothing_more = {"K2TRAIN_REQUIRE_SLURM": "0", "K2TRAIN_CUDA_PYTHON": ""}
+    assert copy.run(".ci/run", **nothing_more).returncode == 0
     assert "-m pytest -q -n 2" in copy.calls("-m ")
-    assert copy.run(".ci/run", K2TRAIN_REQUIRE_SLURM="0", CODE_pytest="1").returncode == 1
+    assert copy.run(".ci/run", **nothing_more, CODE_pytest="1").returncode == 1
+
+
+@pytest.mark.parametrize("pytest_code", (0, 1))
+def test_continuous_integration_goes_on_without_a_cuda_build(copy: Copy, pytest_code: int) -> None:
+    """Catches an installation that fails the run, whose reason is lost, or that leaves its folder
+    behind; and a failed test that is lost behind it.
+    """
+    scratch = copy.elsewhere / "scratch"
+    scratch.mkdir(exist_ok=True)
+    tests = (
+        'until [ -e "$K2TRAIN_CUDA_INSTALLED" ]; do sleep 0.01; done; cat "$K2TRAIN_CUDA_INSTALLED"'
+    )
+    (copy.root / "scripts" / "test.sh").write_text(f"{tests}; exit {pytest_code}\n")
+    variables = {"K2TRAIN_REQUIRE_SLURM": "0", "PIP_CODE": "9", "TMPDIR": str(scratch)}
+    environment = copy.environment(**variables)
+    environment.pop("K2TRAIN_CUDA_PYTHON", None)
+    done = subprocess.run(
+        ["bash", str(copy.root / ".ci/run")], env=environment, capture_output=True, text=True
+    )
+    reason = "setup_cuda: pip could not install torch 2.14.1 (exit code 1)"
+    assert done.returncode == pytest_code, done.stderr
+    assert done.stdout.splitlines()[-1] == reason, "the tests are told"
+    assert done.stderr.splitlines()[-1].endswith(f"are skipped: {reason}")
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_cuda_build_is_installed_with_what_k2train_needs(copy: Copy) -> None:
+    """Catches a dependency that is left out, the CPU's torch, and a build for another CUDA."""
+    folder = copy.elsewhere / "cuda"
+    installed = copy.run("scripts/setup_cuda.sh", str(folder))
+    # The stand-in's torch is that of these tests, a CPU build or none.
+    assert installed.returncode == 1
+    assert "is not built for CUDA 13" in installed.stderr
+    (call,) = copy.calls("-m pip install")
+    assert "torch==2.14.1 -r" in call
+    wanted = (folder / "requirements.txt").read_text().split("\n")
+    assert any(line.startswith("pydantic") for line in wanted)
+    assert not any(line.startswith("torch") for line in wanted)
+
+    assert copy.run("scripts/setup_cuda.sh").returncode == 1
+    assert "name the folder" in copy.run("scripts/setup_cuda.sh").stderr
 
 
 def test_quickstart_refuses_what_only_one_stage_can_take(copy: Copy) -> None:
@@ -411,3 +453,55 @@ def test_quickstart_refuses_what_only_one_stage_can_take(copy: Copy) -> None:
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "run.directory" in done.stderr
     assert copy.calls("") == []
+
+
+def test_the_gpu_check_takes_the_folder_that_was_brought_along(copy: Copy) -> None:
+    """Catches packages that are brought along and not found, or found after older ones."""
+    plain = copy.run("scripts/gpu_check.sh", "--only", "nccl", PY=str(copy.stand_in))
+    assert (plain.returncode, plain.stdout) == (0, "ran tools/gpu_check.py --only nccl\n")
+    (copy.root / ".gpu_site").mkdir()
+    shown = copy.elsewhere / "python"
+    shown.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "path $PYTHONPATH"\n', encoding="utf-8")
+    shown.chmod(0o755)
+    found = copy.run("scripts/gpu_check.sh", PY=str(shown), PYTHONPATH="/older")
+    assert found.stdout == f"path {copy.root}/.gpu_site:/older\n"
+
+
+@pytest.mark.parametrize(
+    ("python", "word"), [("no_such_python", "cannot be run"), ("false", "no ")]
+)
+def test_the_gpu_check_names_an_interpreter_that_does_not_do(
+    copy: Copy, python: str, word: str
+) -> None:
+    found = copy.run("scripts/gpu_check.sh", PY=python)
+    assert found.returncode == 2 and found.stderr.startswith(f"gpu_check: {python} ")
+    assert word in found.stderr and found.stderr.count("\n") == 1
+
+
+def test_the_gpu_site_asks_pip_for_the_other_python(copy: Copy) -> None:
+    """Catches wheels of this machine's Python, and a folder that mixes two versions."""
+    old = copy.root / ".gpu_site"
+    old.mkdir()
+    (old / "stale.py").touch()
+    variables = {"PY": str(copy.stand_in)}
+    made = copy.run("scripts/gpu_site.sh", "--python", "3.13", **variables)
+    assert made.returncode == 0, made.stderr
+    assert not (old / "stale.py").exists() and old.is_dir()
+    (call,) = copy.calls("-m pip install")
+    assert "--python-version 3.13 " in call and "--only-binary=:all:" in call
+    assert call.endswith("pyyaml>=6.0.1 pydantic>=2.10,<3 xxhash>=3.4")
+    assert "torch" not in call and "numpy" not in call
+
+    other = copy.run("scripts/gpu_site.sh", "sentencepiece", **variables)
+    assert other.returncode == 0 and copy.calls("-m pip install")[0].endswith(" sentencepiece")
+    (old / "kept.py").touch()
+    assert copy.run("scripts/gpu_site.sh", PIP_CODE="7", **variables).returncode == 2
+    assert (old / "kept.py").exists()
+    assert list(copy.root.glob("gpu_site.*")) == []
+
+
+@pytest.mark.parametrize("arguments", [["--python", "three"], ["--python"], ["--pyton", "3.12"]])
+def test_the_gpu_site_refuses_what_it_cannot_read(copy: Copy, arguments: list[str]) -> None:
+    found = copy.run("scripts/gpu_site.sh", *arguments, PY=str(copy.stand_in))
+    assert found.returncode == 2 and found.stderr.startswith("gpu_site: ")
+    assert found.stderr.count("\n") == 1 and copy.calls("-m pip install") == []

@@ -9,7 +9,10 @@ import pytest
 
 from k2train.checkpoint.manifest import seal
 from k2train.errors import RunError
+from k2train.record.events import Started
+from k2train.record.ledger import Ledger
 from k2train.state_digest import short_digests, state_root
+from tests.support.events import event
 
 NAMES = ("embedding.weight", "layers.0.mlp.up.weight", "norm.weight")
 STATES = ("master", "exp_avg", "exp_avg_sq")
@@ -215,3 +218,18 @@ def test_nothing_in_common(tmp_path: Path) -> None:
         compare_runs.differences(a, make_run(tmp_path / "b", every=0, checkpoints=()), strict=False)
     with pytest.raises(RunError, match="no step in common"):
         compare_runs.differences(a, make_run(tmp_path / "c", steps=0), strict=False)
+
+
+def test_a_difference_that_may_be_rounding_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a hunt for a fault where sums had no fixed order."""
+    runs = [make_run(tmp_path / name, loss_from=start) for name, start in (("a", 99), ("b", 3))]
+    for run, deterministic in zip(runs, (True, False), strict=True):
+        ledger = Ledger(run / "ledger.jsonl")
+        ledger.append(event(Started, attempt=1, deterministic=deterministic))
+    assert compare_runs.main(list(map(str, runs))) == 1
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 1 and notes[0].startswith(
+        f"note: {runs[1]}: attempt 1 computed with kernels.deterministic false"
+    )

@@ -21,7 +21,7 @@ from k2train.parallel.grid import SINGLE
 from k2train.parallel.shard import named_slices
 from k2train.plan.cost import rank_parameters, state_bytes
 from k2train.plan.layout import Layout
-from k2train.train.engine import axes_of
+from k2train.train.axes import axes_of
 from k2train.train.setup import Setup
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
@@ -322,6 +322,16 @@ def test_the_axes_communicate_as_asked(device: str, setting: str) -> None:
     expected = setting == "on" or (setting == "auto" and device == "cuda")
     assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
     assert (tp.symmetric, dp.regather, dp.symmetric) == (setting == "on", False, False)
+
+
+@pytest.mark.parametrize("connected", (True, False))
+def test_symmetric_memory_where_ranks_are_connected(connected: bool) -> None:
+    """Catches `auto` that is always on, or never, and a setting that the devices overrule."""
+    grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device("cuda"))
+    for setting, expected in (("auto", connected), (True, True), (False, False)):
+        config = tiny_config(parallel__tensor=2, parallel__symmetric_memory=setting)
+        tp, _ = axes_of(Setup(config, Layout(2, 1, 1)), grid, connected)
+        assert tp.symmetric is expected
 
 
 def sequence_job(launch: Launch, config: Any) -> dict[str, Any]:

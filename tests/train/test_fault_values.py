@@ -19,6 +19,7 @@ from k2train.train.trainer import Trainer
 from tests.support.command_line import load_tool
 from tests.support.gloo_pool import GlooPool
 from tests.support.lanes import lanes
+from tests.support.sent_gradients import check_struck, sent_job
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
     audited_tree,
@@ -108,6 +109,45 @@ def test_a_gradient_changes_before_it_is_sent(
     assert (skipped.step, skipped.tensors) == (3, (tensor,))
     (made,) = of_kind(ledger_of(base, name), Faults)
     assert (made.step, made.faults) == (3, ("gradient",)), "whichever rank changed it"
+
+
+STRUCK: tuple[tuple[int, dict[str, Any], int, int, str, str], ...] = (
+    (2, {}, 1, 2, "huge", "layers.2.mlp.gate.weight"),
+    (2, {}, 0, 3, "nan", "norm.weight"),
+    (4, {**PP, "parallel__schedule": "zb-h1"}, 3, 2, "inf", "layers.3.attention.output.weight"),
+    (4, TP, 2, 2, "huge", "layers.1.mlp.down.weight"),
+)
+
+
+@pytest.mark.parametrize(
+    *lanes(
+        ("world", "layout", "rank", "step", "action", "tensor"),
+        STRUCK,
+        lambda case: case in STRUCK[:2],
+    )
+)
+def test_what_leaves_a_rank_differs_in_the_named_element_only(
+    pool: GlooPool,
+    world: int,
+    layout: dict[str, Any],
+    rank: int,
+    step: int,
+    action: str,
+    tensor: str,
+) -> None:
+    """Catches a fault on another rank, tensor or step than it names, and one that comes after its
+    bucket has left: buckets are sent while the backward passes still run.
+    """
+    changes = {**OVERLAPPED, **layout}
+    fault = f"gradient@rank={rank}@step={step}:{action}={tensor}"
+    check_struck(
+        pool.run(world, sent_job, changes, fault, tensor),
+        pool.run(world, sent_job, changes, "", tensor),
+        rank,
+        step,
+        action,
+        tensor,
+    )
 
 
 def test_a_loss_is_not_finite_where_transfers_overlap(base: Path, pool: GlooPool) -> None:

@@ -1,18 +1,20 @@
 """Shutdown: what a run leaves behind, however early it ends, with parts that only take notes."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from k2train.errors import EXIT_FAILED, RunError
+from k2train.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, AnotherRefusedError, RunError
 from k2train.guard.stop_signals import StopAsked
+from k2train.launch.status import write_file
 from k2train.parallel.agreement import SaveError
 from k2train.plan.layout import Layout
 from k2train.record.event import Event
 from k2train.record.events import Failed, Stopped
-from k2train.train.monitor import ANOTHER_RANK, DamageError
+from k2train.train.monitor import DamageError
 from k2train.train.run_logger import RunLogger
 from k2train.train.shutdown import OpenRun
 
@@ -41,7 +43,8 @@ def opened() -> tuple[OpenRun, list[tuple[Any, ...]]]:
     """A run of one process with nothing open, and what its monitor was told."""
     told: list[tuple[Any, ...]] = []
     monitor: Any = SimpleNamespace(
-        phase=lambda *given: told.append(given), close=lambda problem: told.append((problem,))
+        phase=lambda *given: told.append(given),
+        close=lambda problem="", code=0: told.append((problem, code)),
     )
     grid: Any = SimpleNamespace(layout=Layout(), comm=SimpleNamespace(broken=False))
     return OpenRun(grid, monitor), told
@@ -52,7 +55,7 @@ def test_a_mistake_before_anything_is_open() -> None:
     run, told = opened()
     with pytest.raises(RunError, match="taken"), run:
         raise RunError("taken")
-    assert told == [("done", 0), ("taken",)], "no watchdog takes the exit for a death"
+    assert told == [("done", 0), ("taken", EXIT_USAGE)], "no watchdog takes the exit for a death"
 
 
 def test_a_mistake_is_recorded_and_everything_closed() -> None:
@@ -109,13 +112,54 @@ def test_damage_waits_for_the_save_of_an_earlier_step(problem: Exception | None)
     ]
 
 
-def test_an_interrupt_closes_and_goes_on() -> None:
-    """Catches a Ctrl-C that is taken for a failure of the run, or swallowed."""
+@pytest.mark.parametrize("newest", (None, "ckpt_001_step_000051, of step 51"))
+def test_an_interrupt_is_recorded_and_goes_on(newest: str | None) -> None:
+    """Catches a Ctrl-C that is taken for a failure of the run, or swallowed, and one that is told
+    as "without saving" although there is a checkpoint.
+    """
     run, told = opened()
     logger = run.logger = Noted()
-    with pytest.raises(KeyboardInterrupt), run:
+    run.writer = SimpleNamespace(newest=newest, close=lambda: None)  # type: ignore[assignment]
+    run.state.step = 52
+    with pytest.raises(KeyboardInterrupt) as raised, run:
         raise KeyboardInterrupt
-    assert logger.events == [] and logger.closed and told == [("done", 0)]
+    kept = "no checkpoint is saved" if newest is None else f"the newest checkpoint is {newest}"
+    assert str(raised.value) == f"interrupted at step 52: ended at once; {kept}"
+    assert logger.events == [Stopped(attempt=3, reason="interrupted", step=52)]
+    assert logger.closed and told == [("done", 52)]
+
+
+@pytest.mark.parametrize("told_by", ("heartbeat", "launcher", "launcher, interrupted", "nobody"))
+def test_a_peer_that_left_with_a_reason_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told_by: str
+) -> None:
+    """Catches a mistake that one rank finds and that ends the job like a crash, told twice."""
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
+    if told_by.startswith("launcher"):
+        code = EXIT_INTERRUPTED if "interrupted" in told_by else EXIT_USAGE
+        write_file(tmp_path, 1, code)
+        # A rank that a launcher ended afterwards is no cause.
+        write_file(tmp_path, 2, EXIT_FAILED)
+    run, _ = opened()
+    run.grid.layout, run.grid.rank, run.starting = Layout(data=3), 0, False
+    monitor: Any = run.monitor
+    why = "chunk_001 is gone" if told_by == "heartbeat" else ""
+    monitor.watchdog = SimpleNamespace(refusal=lambda: why, another_stopped=lambda: "")
+    monitor.report_lost_connection = lambda error: "rank 1 died"
+    logger = run.logger = Noted()
+    expected = {
+        "launcher, interrupted": KeyboardInterrupt,
+        "nobody": SystemExit,
+    }.get(told_by, AnotherRefusedError)
+    with pytest.raises(expected), run:
+        raise RuntimeError("[gloo] Connection closed by peer")
+    (end,) = logger.events
+    if told_by == "nobody":
+        assert isinstance(end, Failed)
+    else:
+        reason = "interrupted" if "interrupted" in told_by else "refused"
+        assert end == Stopped(attempt=3, reason=reason, step=0, problem=why or None)
 
 
 @pytest.mark.parametrize("another", (True, False))
@@ -129,15 +173,16 @@ def test_a_sigterm_past_the_launcher(monkeypatch: pytest.MonkeyPatch, another: b
     run, _ = opened()
     run.grid.rank = 0
     monitor: Any = run.monitor
-    monitor.watchdog = SimpleNamespace(another_stopped=lambda: another)
+    who = "SIGUSR1 on rank 1" if another else ""
+    monitor.watchdog = SimpleNamespace(another_stopped=lambda: who, refusal=lambda: "")
     monitor.report_lost_connection = lambda error: f"rank 1 died ({error})"
-    monitor.close = lambda problem="", stopped=False: None
+    monitor.close = lambda problem="", stopped="": None
     logger = run.logger = Noted()
     with pytest.raises(StopAsked if another else SystemExit) as raised, run:
         raise StopAsked("SIGTERM")
     (end,) = logger.events
     if another:
-        assert isinstance(end, Stopped) and end.reason == ANOTHER_RANK == str(raised.value)
+        assert isinstance(end, Stopped) and end.reason == who == str(raised.value)
     else:
         assert isinstance(end, Failed) and end.problem.startswith("rank 1 died (SIGTERM during")
         assert isinstance(raised.value, SystemExit) and raised.value.code == EXIT_FAILED

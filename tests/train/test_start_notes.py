@@ -9,8 +9,14 @@ from k2train.config.load import Config
 from k2train.train import start_notes
 from k2train.train.held_out_sets import held_out_sets
 from k2train.train.preflight import check_data
-from k2train.train.start_notes import bf16_note, evaluation_note
+from k2train.train.start_notes import (
+    bf16_note,
+    determinism_change,
+    determinism_note,
+    evaluation_note,
+)
 from tests.support.tiny_corpus import config_tree, make_corpus, train, write_yaml
+from tests.support.tiny_model import tiny_config
 
 
 def tree_of(base: Path, **changes: Any) -> dict[str, Any]:
@@ -82,3 +88,28 @@ def test_explain_looks_at_the_data(tmp_path: Path) -> None:
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
     done = train("--explain", path, "data.manifest=elsewhere")
     assert done.returncode == 0 and "not there" in done.stdout.splitlines()[-1]
+
+
+def test_bits_that_do_not_repeat_are_told() -> None:
+    """Catches a run on a GPU that promises what it does not keep, and a warning on a CPU."""
+    exact, loose = (tiny_config(kernels__deterministic=value) for value in (True, False))
+    note = determinism_note(loose, "cuda")
+    assert note.startswith("kernels.deterministic is false: ") and "resume" in note
+    assert [determinism_note(exact, "cuda"), determinism_note(loose, "cpu")] == ["", ""]
+
+
+def test_a_resume_with_another_determinism_is_told() -> None:
+    """Catches a run whose bits repeat up to somewhere, and nobody knows where."""
+    exact, loose = (tiny_config(kernels__deterministic=value) for value in (True, False))
+    trees = [config.model_dump(mode="json") for config in (exact, loose)]
+    assert "was true up to this checkpoint" in determinism_change(trees[0], loose, "cuda")
+    assert "was false up to this checkpoint" in determinism_change(trees[1], exact, "cuda")
+    for before, now, device in (
+        (trees[0], exact, "cuda"),
+        (trees[1], loose, "cuda"),
+        (trees[0], loose, "cpu"),
+        # A checkpoint older than the key.
+        ({"kernels": {"attention": "auto"}}, exact, "cuda"),
+        ({}, exact, "cuda"),
+    ):
+        assert determinism_change(before, now, device) == ""

@@ -3,15 +3,19 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from k2train.config.load import Config
 from k2train.errors import RunError, UnavailableError
 from k2train.guard.stop_signals import StopAsked, StopRequest
+from k2train.model.kernels.select import choose_kernels
+from k2train.parallel.grid import Axis
 from k2train.record import jsonl, ledger
 from k2train.record.events import Starting, Stopped, Takeover
 from k2train.record.ledger import read_ledger
@@ -19,7 +23,7 @@ from k2train.train import start_record
 from k2train.train.preflight import Start, prepare_start
 from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.run_logger import RunLogger
-from k2train.train.start_record import log_finished, open_run_logger
+from k2train.train.start_record import log_finished, log_starting, open_run_logger
 from tests.support.tiny_corpus import config_tree, make_corpus
 
 LOCK: Any = SimpleNamespace(
@@ -174,6 +178,59 @@ def test_what_a_kill_left_is_removed(
     assert (start.directory / "watch" / "verdict.json.8.tmp").is_symlink()
 
 
+class Logged:
+    """A logger that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.lines: list[str] = []
+        self.attempt, self.memory, self.run_id, self.config_sha256 = 1, "malloc", "id", None
+        self.fencing_token, self.taken_over_from = 0, None
+
+    def event(self, event: Any) -> None:
+        self.events.append(event)
+
+    def info(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def on_cuda(deterministic: bool) -> Any:
+    """An engine on a GPU, as far as a record asks."""
+    kernels = replace(choose_kernels(), deterministic=deterministic)
+    return SimpleNamespace(kernels=kernels, grid=SimpleNamespace(device=torch.device("cuda")))
+
+
+def test_a_start_records_whether_bits_repeat(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a ledger, a first line or a resume that does not say that the promise is off."""
+    logger: Any = Logged()
+    config = start.setup.config
+    kernels = config.kernels.model_copy(update={"deterministic": False})
+    loose_config = config.model_copy(update={"kernels": kernels})
+    loose = replace(start, setup=replace(start.setup, config=loose_config))
+    before = SimpleNamespace(config=config.model_dump(mode="json"), step=4)
+    chosen: Any = SimpleNamespace(
+        path=Path("ckpt_001"), manifest=before, refused=(), allowed=(), is_new=False
+    )
+    unmoved = SimpleNamespace(
+        total_steps=9,
+        rate_last=0.0,
+        rate_next=0.0,
+        total_steps_before=9,
+        rate_before=0.0,
+        lines=list,
+    )
+    monkeypatch.setattr(start_record, "schedule_change", lambda *_: unmoved)
+
+    for deterministic in (True, False):
+        engine = on_cuda(deterministic)
+        start_record.log_started(logger, start, engine)
+        start_record.log_resumed(logger, loose, engine, chosen, ())
+    assert [event.deterministic for event in logger.events] == [True, True, False, False]
+    assert sum("was true up to this checkpoint" in line for line in logger.lines) == 2
+    notes = [list(start_record._notes(of, "cuda")) for of in (start, loose)]
+    assert [sum("sums have no fixed order" in (n or "") for n in told) for told in notes] == [0, 1]
+
+
 def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches "no space left" on a disk that shows room."""
 
@@ -187,3 +244,41 @@ def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.Monkey
         monkeypatch.setattr("k2train.retry.os.statvfs", lambda path, facts=facts: facts)
         with pytest.raises(UnavailableError, match=words):
             open_run_logger(start, run_of(0), None, "malloc")
+
+
+@pytest.mark.parametrize("device_type", ("cpu", "cuda"))
+def test_the_environment_of_an_accelerator_is_recorded(
+    start: Start, monkeypatch: pytest.MonkeyPatch, device_type: str
+) -> None:
+    """Catches an allocator setting of the user's that no line and no event tells."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    events: list[Any] = []
+    logger: Any = SimpleNamespace(attempt=1, faults=(), event=events.append)
+    log_starting(logger, 0, device_type)
+    notes = [note or "" for note in start_record._notes(start, device_type)]
+    told = [note for note in notes if "max_split_size_mb:64 (your value)" in note]
+    if device_type == "cpu":
+        assert events[0].settings is None and told == []
+    else:
+        assert events[0].settings["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+        assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "tensor", "unconnected", "expected"),
+    (
+        ("auto", 2, "", "symmetric memory on, "),
+        ("auto", 2, "rank 3 needs devices", "symmetric memory off (rank 3 needs devices), "),
+        ("auto", 1, "1 ranks", ""),
+        (False, 2, "", ""),
+    ),
+)
+def test_what_symmetric_memory_came_to(
+    setting: str | bool, tensor: int, unconnected: str, expected: str
+) -> None:
+    """Catches a run whose first lines leave open what `auto` chose."""
+    parallel = SimpleNamespace(symmetric_memory=setting)
+    axis = Axis("tp", tensor, 0, None, symmetric=not unconnected)
+    config = SimpleNamespace(parallel=parallel)
+    engine: Any = SimpleNamespace(config=config, tp=axis, unconnected=unconnected)
+    assert start_record._symmetric(engine) == expected

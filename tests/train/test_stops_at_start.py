@@ -5,6 +5,7 @@ signal that is only looked at after a step would wait for it for ever.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -175,9 +176,21 @@ def test_a_signal_to_one_rank_alone_ends_all(tmp_path: Path) -> None:
         for entry in read_ledger(tmp_path / "runs" / "a" / "ledger.jsonl")
         if isinstance(entry.event, Stopped)
     ]
-    assert len(ends) == 3 and ends[1].reason == "SIGUSR1"
+    assert [end.reason for end in ends[1:]] == ["SIGUSR1", "SIGUSR1 on rank 1"]
     # Heartbeats that say so are left behind: they are no reason to stop.
     assert train(path, processes=2).returncode == 0
+
+
+def test_a_signal_to_one_rank_is_told_with_rank_and_name(tmp_path: Path) -> None:
+    """Catches a stop that nobody confirms, and a ledger that does not say who was asked."""
+    path = config_of(tmp_path, run__allow=["faults"], batch__micro_sequences=3)
+    process = start(path, processes=2, K2TRAIN_FAULTS="step.forward@rank=1@step=2:usr1")
+    output, _ = process.communicate()
+    assert process.job.codes == [75, 75], output
+    assert "k2train: SIGUSR1 on rank 1: finishing the step, then saving\n" in output
+    assert "stopped on request (SIGUSR1 on rank 1) at step 2;" in output
+    (end,) = ends_of(tmp_path, 1)
+    assert isinstance(end, Stopped) and (end.reason, end.step) == ("SIGUSR1 on rank 1", 2)
 
 
 def ends_of(base: Path, attempt: int) -> list[Failed | Stopped]:
@@ -338,7 +351,14 @@ def test_a_second_ctrl_c_is_one_line(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 130 and "Traceback" not in error, error
     lines = [line for line in error.splitlines() if line.startswith("k2train: ")]
-    assert lines == [
-        "k2train: SIGINT: finishing the step, then saving",
-        "k2train: interrupted: ended without saving; run the same command again to continue",
-    ]
+    # The save of the first state may or may not be whole by then.
+    kept = r"(no checkpoint is saved|the newest checkpoint is ckpt_000, of step 0)"
+    assert lines[0] == "k2train: SIGINT: finishing the step, then saving"
+    assert re.fullmatch(
+        rf"k2train: interrupted at step 1: ended at once; {kept}; "
+        "run the same command again to continue",
+        lines[1],
+    )
+    assert len(lines) == 2
+    (end,) = ends_of(tmp_path, 1)
+    assert isinstance(end, Stopped) and end.reason == "interrupted"

@@ -793,3 +793,32 @@ def test_without_a_heartbeat_there_is_no_watch(tmp_path: Path) -> None:
     assert "rank 0" in watch.connection_lost(RuntimeError("gone"))
     watch.close()
     assert not (tmp_path / "watch").exists()
+
+
+def test_why_another_rank_left_is_told_by_its_heartbeat(tmp_path: Path) -> None:
+    """Catches a mistake that one rank found and that ends the others like a crash, a stop without
+    its rank and signal, and what an earlier start has left behind.
+    """
+    watches = [
+        Watchdog(
+            tmp_path,
+            Member(rank, 3),
+            Timeouts(heartbeat_seconds=60.0),
+            print,
+            lambda: (0, "", "", 0.0),
+            lambda code: None,
+        )
+        for rank in range(3)
+    ]
+    for watch in watches:
+        watch.attempt = 2
+        watch.start()
+    first, second, third = watches
+    assert (first.refusal(), first.another_stopped()) == ("", "")
+    second.close("chunk_001 is gone", code=2)
+    assert first.refusal() == "chunk_001 is gone" and second.refusal() == ""
+    third.close(stopped="SIGUSR1")
+    assert first.another_stopped() == "SIGUSR1 on rank 2"
+    first.attempt = 3
+    assert (first.refusal(), first.another_stopped()) == ("", "")
+    first.close()

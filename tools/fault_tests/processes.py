@@ -105,12 +105,15 @@ class ForkServer:
     """A context manager around the warm process; `start` a job, `wait` for it.
 
     `modules` are imported by the server before it forks; without any, those of a rank of a training
-    run.
+    run. `python` is the interpreter.
     """
 
-    def __init__(self, scratch: Path, modules: Sequence[str] = ()):
+    def __init__(
+        self, scratch: Path, modules: Sequence[str] = (), python: str | Path = sys.executable
+    ):
         self.scratch = scratch
         self.modules = modules
+        self.python = python
         self.ids = itertools.count()
         self.jobs: dict[int, Job] = {}
         self._rest = b""
@@ -145,7 +148,7 @@ class ForkServer:
         }
         with (self.scratch / "server.err").open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(SERVER), *self.modules],
+                [self.python, str(SERVER), *self.modules],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

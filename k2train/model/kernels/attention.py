@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from k2train.model.kernels.determinism import SDPA_BACKENDS
 from k2train.model.kernels.elementwise import wide_dtype
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -60,15 +61,26 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
+def deterministic_sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """`sdpa_attention` that leaves out cuDNN: the others fix the order of sums in strict mode."""
+    with sdpa_kernel(list(SDPA_BACKENDS)):
+        return sdpa_attention(q, k, v, mask)
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by torch's flash kernel and no other. It takes no mask."""
+    """Attention by torch's flash kernel and no other. It takes no mask.
+
+    Its backward is deterministic in torch's strict mode only.
+    """
     assert mask is None, "the flash kernel takes no mask"
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return sdpa_attention(q, k, v)
 
 
 def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention by cuDNN's kernel and no other, with or without a mask."""
+    """Attention by cuDNN's kernel and no other, with or without a mask. Never deterministic."""
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return sdpa_attention(q, k, v, mask)
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from k2train.errors import ConfigError
 from k2train.parallel.collective_matmul import Product
+from k2train.parallel.grad_accumulation import IN_PLACE
 
 MULTIPLE = 16
 """Divisor of every dimension of a product: the tensor cores' rule for 8-bit factors."""
@@ -95,6 +96,11 @@ class Fp8Product(Product):
             use_split_accumulator=True,
             **self._workspace,
         )
+
+    def gradient_sums(self, device: torch.device, dtype: torch.dtype) -> str:
+        # The head's product is torch's.
+        head = super().gradient_sums(device, dtype)
+        return head if head == IN_PLACE else f"{IN_PLACE}, those of the head {head}"
 
     def check(self, name: str, rows: int, columns: int) -> None:
         if rows % MULTIPLE or columns % MULTIPLE:

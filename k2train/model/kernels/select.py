@@ -5,8 +5,13 @@
 - `auto` takes the known fastest for the device, precision and sequence length.
 - Asking for an unavailable kernel is an error at build, never a silent fallback. The one-line
   message says what to install or to choose instead.
+- With `deterministic`, on a GPU, a kernel that does not repeat to the bit is refused (see
+  `determinism`), and `auto` takes the fastest of the others.
 - With `compile` the written-out norm, rotary split and SwiGLU are compiled, each once for all
   layers, and replace the fused ones.
+- `triton` names this project's (`k2train.triton_kernels`). By count of bytes the loss gains most (6
+  a bf16 logit, torch's operators need 28), then rotary split and SwiGLU without `compile`. `auto`
+  takes none of them before a device has run and measured them (`scripts/gpu_check.sh`).
 
 Alternatives considered:
 - Compiling whole layers: their products communicate and accumulate weight gradients as side
@@ -24,15 +29,15 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from k2train.errors import ConfigError
-from k2train.model.kernels.attention import (
-    Attention,
-    cudnn_attention,
-    document_mask,
-    flash_attention,
-    plain_attention,
-    reference_attention,
-    sdpa_attention,
+from k2train.model.kernels.attention import Attention, document_mask
+from k2train.model.kernels.choose_attention import (
+    ATTENTION,
+    PLAIN_UP_TO,
+    auto_attention,
+    choose_attention,
 )
+from k2train.model.kernels.determinism import require_deterministic
+from k2train.model.kernels.device_traits import DeviceTraits, needs_cuda
 from k2train.model.kernels.elementwise import (
     Norm,
     fused_norm,
@@ -46,12 +51,27 @@ from k2train.model.kernels.elementwise import (
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
 from k2train.model.kernels.onednn import preferred as onednn_preferred
-from k2train.model.kernels.optional import INSTALL, OPTIONAL_ATTENTION, OPTIONAL_NORM, version_of
+from k2train.model.kernels.optional import (
+    INSTALL,
+    OPTIONAL_ATTENTION,
+    OPTIONAL_NORM,
+    version_of,
+)
 from k2train.parallel.collective_matmul import Product
+from k2train.triton_kernels.load import (
+    AddNorm,
+    Softmax,
+    load_norm,
+    load_softmax,
+    load_split,
+    load_swiglu,
+    triton_version,
+)
 
 __all__ = [
     "ATTENTION",
     "NORM",
+    "PLAIN_UP_TO",
     "Attention",
     "DeviceTraits",
     "Kernels",
@@ -63,13 +83,6 @@ __all__ = [
 Split = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
 SwiGlu = Callable[[Tensor], Tensor]
 
-ATTENTION: dict[str, Attention] = {
-    "sdpa": sdpa_attention,
-    "plain": plain_attention,
-    "flash": flash_attention,
-    "cudnn": cudnn_attention,
-    "reference": reference_attention,
-}
 NORM: dict[str, Norm] = {"fused": fused_norm, "torch": torch_norm, "reference": reference_norm}
 SPLIT: dict[str, Split] = {"fused": fused_split, "reference": reference_split}
 SWIGLU: dict[str, SwiGlu] = {"fused": fused_swiglu, "reference": reference_swiglu}
@@ -78,35 +91,6 @@ PRODUCT: dict[str, Callable[[torch.device, torch.dtype], Product | None]] = {
     "onednn": onednn_product,
     "fp8": lambda device, dtype: fp8_product(device),
 }
-
-TAKE_MASKS = ("sdpa", "plain", "reference")
-"""Attention kernels that can stop at document borders."""
-
-PLAIN_UP_TO = {torch.float32: 512, torch.bfloat16: 1024}
-"""Sequence length up to which `auto` takes `plain` on a CPU.
-
-Milliseconds forward and backward of 1024 tokens (at 2048: of 2048), 8 heads of 32, one core, flash
-/ plain:
-
-    length    128          256          512          1024         2048
-    fp32      8.3 / 7.2    13.6 / 10.8  27 / 21      40 / 35      132 / 137
-    bf16      21 / 4.7     18.3 / 6.1   30 / 12      35 / 24      115 / 79
-
-The limit is memory: `plain` keeps length / 2 probabilities per head and token. At a length of 32
-head_dim that equals the layer's other activations together.
-"""
-
-
-@dataclass(frozen=True)
-class DeviceTraits:
-    """What decides which kernels can run and which is fastest: device, dtype and shapes."""
-
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    sequence_length: int | None = None
-    head_dim: int | None = None
-    block: bool = False
-    """Whether attention stops at document borders, which needs a mask."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +107,20 @@ class Kernels:
     recompute: str
     recompute_layers: int | None
     """Number of layers per stage that recompute, counted from the first; None: all of them."""
+    deterministic: bool
+    """Whether the same work gives the same bits: asked for, or computed on a CPU."""
     attention: Attention
     norm: Norm
     split: Split
     swiglu: SwiGlu
     product: Product | None = None
     """Products of the layers' matrices; None: torch's."""
+    gradients: str = ""
+    """How weight gradients get into their fp32 sums, once the device was asked; "" before."""
+    add_norm: AddNorm | None = None
+    """Residual sum and its norm in one pass, where the kernel has it."""
+    softmax: Softmax | None = None
+    """Softmax of the fused loss; None: by torch's operators."""
     versions: tuple[str, ...] = ()
     """Versions of the optional packages in use."""
 
@@ -139,14 +131,20 @@ class Kernels:
         )
         return [self.recompute] * count + ["none"] * (num_layers - count)
 
+    def names(self) -> dict[str, str]:
+        """Return the implementation of each operation, by its key of `kernels`."""
+        return {
+            "attention": self.attention_name,
+            "norm": self.norm_name,
+            "elementwise": self.elementwise,
+            "loss": self.loss,
+            "matmul": self.matmul,
+            "optimizer": self.optimizer,
+        }
+
     def __str__(self) -> str:
         parts = [
-            f"attention {self.attention_name}",
-            f"norm {self.norm_name}",
-            f"elementwise {self.elementwise}",
-            f"loss {self.loss}",
-            f"matmul {self.matmul}",
-            f"optimizer {self.optimizer}",
+            *(f"{key} {name}" for key, name in self.names().items()),
             f"compile {'on' if self.compile else 'off'}",
             f"recompute {self.recompute}"
             + (
@@ -154,6 +152,8 @@ class Kernels:
                 if self.recompute_layers is None
                 else f" in {self.recompute_layers} layers a stage"
             ),
+            *([f"gradients {self.gradients}"] if self.gradients else []),
+            f"deterministic {'on' if self.deterministic else 'off'}",
             *self.versions,
         ]
         return ", ".join(parts)
@@ -169,43 +169,62 @@ def choose_kernels(
     compile: str = "auto",
     recompute: str = "none",
     recompute_layers: int | None = None,
+    deterministic: bool = True,
     traits: DeviceTraits | None = None,
 ) -> Kernels:
     """Resolve the `kernels` section for a device (None: a CPU, fp32, unknown sequence length).
 
-    Raises ConfigError for an unknown name, a missing package, or a kernel that cannot run there.
+    Raises ConfigError for an unknown name, a missing package, or a kernel that cannot run there or
+    cannot be `deterministic`.
     """
     traits = traits or DeviceTraits(torch.device("cpu"))
+    ordered = deterministic and traits.device.type != "cpu"
     compiled = choose_compile(compile, traits)
     attention_name = pick(
-        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), auto_attention(traits)
+        "attention", attention, (*ATTENTION, *OPTIONAL_ATTENTION), auto_attention(traits, ordered)
     )
-    norm_name = pick("norm", norm, (*NORM, *OPTIONAL_NORM), "fused")
-    elementwise = pick("elementwise", elementwise, tuple(SPLIT), "fused")
+    norm_name = pick("norm", norm, (*NORM, *OPTIONAL_NORM, "triton"), "fused")
+    elementwise = pick("elementwise", elementwise, (*SPLIT, "triton"), "fused")
+    loss = pick("loss", loss, ("fused", "triton", "reference"), "fused")
+    optimizer = pick("optimizer", optimizer, ("fused", "triton", "reference"), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
 
-    used = (attention_name, norm_name, "transformer_engine" if matmul == "fp8" else "")
-    packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
-    fused = elementwise == "fused" and compiled
-    return Kernels(
+    versions = package_versions(attention_name, norm_name, matmul)
+    names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
+    versions += triton_version(names, traits.device.type)
+    split, swiglu = choose_elementwise(elementwise, compiled)
+    chosen = Kernels(
         attention_name=attention_name,
         norm_name=norm_name,
         elementwise=elementwise,
-        loss=pick("loss", loss, ("fused", "reference"), "fused"),
+        loss=loss,
         matmul=matmul,
-        optimizer=pick("optimizer", optimizer, ("fused", "reference"), "fused"),
+        optimizer=optimizer,
         compile=compiled,
         recompute=pick("recompute", recompute, ("none", "selective", "full"), "none"),
         recompute_layers=recompute_layers,
-        attention=choose_attention(attention_name, traits),
+        deterministic=deterministic or traits.device.type == "cpu",
+        attention=choose_attention(attention_name, traits, ordered),
         norm=compiled_once(reference_norm)
         if compiled and norm_name == "fused"
         else choose_norm(norm_name, traits),
-        split=compiled_once(reference_split) if fused else SPLIT[elementwise],
-        swiglu=compiled_once(reference_swiglu) if fused else SWIGLU[elementwise],
+        split=split,
+        swiglu=swiglu,
         product=PRODUCT[matmul](traits.device, traits.dtype),
-        versions=tuple(f"{name} {version_of(name)}" for name in packages),
+        add_norm=load_norm()[1] if norm_name == "triton" else None,
+        softmax=load_softmax() if loss == "triton" else None,
+        versions=tuple(versions),
     )
+    if ordered:
+        require_deterministic(chosen.names())
+    return chosen
+
+
+def package_versions(attention: str, norm: str, matmul: str) -> list[str]:
+    """Name and version of the optional packages of these kernels."""
+    used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
+    packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
+    return [f"{name} {version_of(name)}" for name in packages]
 
 
 def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
@@ -217,24 +236,6 @@ def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
     return value
 
 
-def auto_attention(traits: DeviceTraits) -> str:
-    """Attention kernel that `auto` means on a device."""
-    if traits.device.type != "cuda":
-        known = traits.sequence_length is not None and traits.sequence_length <= PLAIN_UP_TO.get(
-            traits.dtype, 0
-        )
-        return "plain" if known else "sdpa"
-
-    if traits.block or traits.dtype.itemsize != 2:
-        return "sdpa"
-
-    generation = torch.cuda.get_device_capability(traits.device)[0]
-    narrow = traits.head_dim is not None and traits.head_dim % 8 == 0 and traits.head_dim <= 128
-    if generation >= 9 and narrow:
-        return "cudnn"
-    return "flash" if generation >= 8 else "sdpa"
-
-
 def auto_matmul(traits: DeviceTraits) -> str:
     """Matrix product that `auto` means on a device."""
     return (
@@ -244,34 +245,10 @@ def auto_matmul(traits: DeviceTraits) -> str:
     )
 
 
-def choose_attention(name: str, traits: DeviceTraits) -> Attention:
-    """Return the attention kernel of that name.
-
-    Raises ConfigError when it is missing or cannot run.
-    """
-    optional = name in OPTIONAL_ATTENTION
-    function = OPTIONAL_ATTENTION[name]() if optional else ATTENTION[name]
-
-    where = f"kernels.attention ({name})"
-    if traits.block and name not in TAKE_MASKS:
-        raise ConfigError(
-            f"{where} takes no mask, which data.cross_documents (block) needs: choose one of "
-            f"{', '.join(TAKE_MASKS)}, or attend"
-        )
-
-    if name == "cudnn" or optional:
-        needs_cuda(where, traits)
-    if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in TAKE_MASKS:
-        raise ConfigError(
-            f"{where} computes in bf16 only, precision is fp32: "
-            "set precision to bf16, or choose sdpa"
-        )
-
-    return function
-
-
 def choose_norm(name: str, traits: DeviceTraits) -> Norm:
     """Return the norm of that name. Raises ConfigError when it is missing or cannot run."""
+    if name == "triton":
+        return load_norm()[0]
     if name not in OPTIONAL_NORM:
         return NORM[name]
     function = OPTIONAL_NORM[name]()
@@ -279,12 +256,13 @@ def choose_norm(name: str, traits: DeviceTraits) -> Norm:
     return function
 
 
-def needs_cuda(where: str, traits: DeviceTraits) -> None:
-    """Raise ConfigError anywhere but on a CUDA device."""
-    if traits.device.type != "cuda":
-        raise ConfigError(
-            f"{where} needs a CUDA device, and this is {traits.device.type}: choose auto"
-        )
+def choose_elementwise(name: str, compiled: bool) -> tuple[Split, SwiGlu]:
+    """Return the rotary split and the SwiGLU of that name, `compiled` in place of fused ones."""
+    if name == "triton":
+        return load_split(), load_swiglu()
+    if name == "fused" and compiled:
+        return compiled_once(reference_split), compiled_once(reference_swiglu)
+    return SPLIT[name], SWIGLU[name]
 
 
 def choose_compile(value: str, traits: DeviceTraits) -> bool:
@@ -309,7 +287,20 @@ def choose_compile(value: str, traits: DeviceTraits) -> bool:
     return value == "on"
 
 
+RECOMPILE_LIMIT = 4096
+"""Graphs that one compiled function may have in a process; each shape of a batch needs two."""
+
+
 @cache
 def compiled_once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function once for all layers and stages: one graph, fixed shapes."""
+    """Compile a function once for all layers and stages: one graph for each shape it meets.
+
+    torch gives up at 8 graphs a function and 256 in all, for the whole process. Here each is one
+    of fixed shapes, with and without gradients, so a sweep over lengths needs more of them.
+    Raises torch's error, which names the limit, above `RECOMPILE_LIMIT` graphs.
+    """
+    import torch._dynamo.config as limits
+
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, RECOMPILE_LIMIT)
     return torch.compile(function, fullgraph=True, dynamic=False)

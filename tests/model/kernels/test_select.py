@@ -1,6 +1,8 @@
 """Kernel selection: `auto` by device, one-line refusals, optional packages, compiled regions."""
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -28,8 +30,9 @@ from k2train.model.kernels.optional import (
 from k2train.model.kernels.select import PLAIN_UP_TO, Attention, DeviceTraits, choose_kernels
 from k2train.model.transformer import Stage
 from k2train.parallel.grid import Axis
-from k2train.train.engine import kernels_of
 from k2train.train.setup import Setup
+from k2train.train.setup_kernels import kernels_of
+from k2train.triton_kernels import load as triton_load
 from tests.support.tiny_model import tiny_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -69,28 +72,37 @@ def test_the_config_says_where() -> None:
         )
 
 
-@pytest.mark.parametrize(
-    ("generation", "traits", "expected"),
-    (
-        (9, DeviceTraits(CUDA, HALF, 2048, 128), "cudnn"),
-        (10, DeviceTraits(CUDA, HALF, 2048, 64), "cudnn"),
-        (9, DeviceTraits(CUDA, HALF, 2048, 256), "flash"),
-        (8, DeviceTraits(CUDA, HALF, 2048, 128), "flash"),
-        (7, DeviceTraits(CUDA, HALF, 2048, 128), "sdpa"),
-        (9, DeviceTraits(CUDA, torch.float32, 2048, 128), "sdpa"),
-        (9, DeviceTraits(CUDA, HALF, 2048, 128, block=True), "sdpa"),
-    ),
-    ids=str,
-)
-def test_auto_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, generation: int, traits: DeviceTraits, expected: str
-) -> None:
-    """Catches a kernel chosen that the generation, the precision, the width or the mask forbids."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (generation, 0))
-    for triton in (True, False):
-        monkeypatch.setattr(kernels, "has_triton", lambda found=triton: found)
-        chosen = choose_kernels(traits=traits)
-        assert chosen.attention_name == expected and chosen.compile is triton
+@pytest.mark.parametrize("compile", ("on", "off"))
+def test_auto_takes_no_unmeasured_kernel(monkeypatch: pytest.MonkeyPatch, compile: str) -> None:
+    """Catches a kernel of ours in every run before a device has run it once."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    traits = DeviceTraits(CUDA, HALF, 2048, 128)
+    chosen = choose_kernels(attention="flash", compile=compile, traits=traits)
+    assert "triton" not in chosen.names().values() and chosen.softmax is None
+    assert (chosen.add_norm, chosen.versions) == (None, ())
+
+
+@pytest.mark.parametrize("key", ("norm", "elementwise", "loss", "optimizer"))
+def test_triton_by_name(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Catches a name that another kernel answers to, or that a run on a CPU takes silently."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match=rf"^kernels\.{key} \(triton\) needs the package triton"):
+        choose_kernels(**{key: "triton"})
+    for name in ("load_norm", "load_split", "load_swiglu", "load_softmax"):
+        monkeypatch.setattr(kernels, name, lambda found=name: (found, f"{found} of a sum"))
+    monkeypatch.setattr(triton_load, "require_triton", lambda key, device: "9.1")
+
+    chosen = choose_kernels(**{key: "triton"}, compile="on")
+    ours = lambda value: isinstance(value, tuple) or str(value).startswith("load_")  # noqa: E731
+    found = {
+        "norm": ours(chosen.norm) and ours(chosen.add_norm),
+        "elementwise": ours(chosen.split) and ours(chosen.swiglu),
+        "loss": ours(chosen.softmax),
+        "optimizer": chosen.optimizer == "triton",
+    }
+    assert found == {name: name == key for name in found}
+    assert f"{key} triton" in str(chosen) and str(chosen).endswith(", triton 9.1")
 
 
 @pytest.mark.parametrize(
@@ -119,7 +131,7 @@ def test_auto_on_a_gpu(
             r"\(flash\) takes no mask, which data\.cross_documents \(block\)",
         ),
         (
-            {"attention": "cudnn"},
+            {"attention": "cudnn", "deterministic": False},
             DeviceTraits(CUDA),
             r"kernels\.attention \(cudnn\) computes in bf16 only, precision is fp32",
         ),
@@ -127,7 +139,7 @@ def test_auto_on_a_gpu(
     ids=str,
 )
 def test_refusals(
-    monkeypatch: pytest.MonkeyPatch, choice: dict[str, str], traits: DeviceTraits | None, line: str
+    monkeypatch: pytest.MonkeyPatch, choice: dict[str, Any], traits: DeviceTraits | None, line: str
 ) -> None:
     """Catches a kernel that fails at the first step, or quietly does another's work."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -185,7 +197,9 @@ def inputs() -> list[Tensor]:
     return [torch.randn((5, 3, n, 8), generator=generator).permute(1, 2, 0, 3) for n in (4, 2, 2)]
 
 
-def positions_second(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+def positions_second(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, deterministic: bool = False
+) -> Tensor:
     """What flash-attn computes, in its layout."""
     assert q.shape == (3, 5, 4, 8) and k.shape == v.shape == (3, 5, 2, 8) and causal
     return reference_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(
@@ -287,7 +301,7 @@ def test_versions_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text.startswith(
         "attention flash_attn_3, norm fused, elementwise fused, loss fused, matmul torch, "
     )
-    assert text.endswith(", flash_attn_3 3.0 of flash_attn_3")
+    assert text.endswith(", deterministic on, flash_attn_3 3.0 of flash_attn_3")
 
 
 def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,3 +369,38 @@ def test_compiled_regions() -> None:
     )
     for index, (a, b) in enumerate(zip(compiled, plain, strict=True)):
         assert (a - b).abs().max() <= 1e-12 * b.abs().max(), index
+
+
+@pytest.fixture
+def torch_limits() -> Iterator[Any]:
+    """torch's limits of graphs, put back afterwards."""
+    from torch._dynamo import config
+
+    names = ("recompile_limit", "accumulated_recompile_limit")
+    before = {name: getattr(config, name) for name in names}
+    torch.compiler.reset()
+    yield config
+    for name, value in before.items():
+        setattr(config, name, value)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("own_limit", (8, 10_000))
+def test_many_lengths_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, torch_limits: Any, own_limit: int
+) -> None:
+    """Catches a sweep over sequence lengths that ends at torch's limit of 8 graphs a function, and
+    a limit of the user's that is lowered.
+
+    Without a C++ compiler: the limits count graphs, whoever compiles them.
+    """
+    torch_limits.recompile_limit = own_limit
+    monkeypatch.setattr(kernels.torch, "compile", partial(torch.compile, backend="eager"))
+    norm = kernels.compiled_once.__wrapped__(reference_norm)
+    weight = torch.ones(4, requires_grad=True)
+    for length in range(2, 14):
+        x = torch.randn(length, 1, 4)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert torch.equal(norm(x, weight, 1e-5), reference_norm(x, weight, 1e-5))
+    assert torch_limits.recompile_limit == max(own_limit, kernels.RECOMPILE_LIMIT)

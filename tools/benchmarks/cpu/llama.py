@@ -48,7 +48,8 @@ class Norm(nn.Module):
         self.eps = work.norm_eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # A no-op but for fp32 weights under autocast, which has no rule for this function.
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -103,9 +104,15 @@ class Llama(nn.Module):
     """Consecutive layers, with the embedding before the first, and norm and head after the last."""
 
     def __init__(
-        self, work: Work, layers: Iterable[int] | None = None, dtype: torch.dtype = torch.float32
+        self,
+        work: Work,
+        layers: Iterable[int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        activations: torch.dtype | None = None,
     ):
+        """`activations`: dtype between the layers where the weights have another (autocast)."""
         super().__init__()
+        self.activations = activations or dtype
         chosen = list(range(work.num_layers) if layers is None else layers)
         first, last = 0 in chosen, work.num_layers - 1 in chosen
         self.embedding = nn.Embedding(work.vocab_size, work.hidden_size) if first else None
@@ -127,9 +134,10 @@ class Llama(nn.Module):
         Hidden [b, s, h] in without embedding, out without head.
         """
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(x).to(self.activations)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for block in self.blocks.values():
-            x = block(x, self.cos, self.sin)
+            x = block(x, cos, sin)
         return x if self.head is None or self.norm is None else self.head(self.norm(x))
 
 

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
@@ -38,6 +39,8 @@ class Bench:
     dry: bool
     deadline: float
     rows: TextIO
+    folder: Path = Path(".")
+    """Where the part may write."""
 
     @property
     def left_seconds(self) -> float:
@@ -60,11 +63,13 @@ class Bench:
         what: str,
         work: Callable[[], Mapping[str, Any]],
         needs_seconds: float = 0.0,
+        optional: bool = False,
         **labels: Any,
     ) -> Mapping[str, Any] | None:
         """Run `work` and write its figures as a row, or the reason why there are none.
 
-        Returns None in that case.
+        Returns None in that case. `optional`: a choice that this device or machine may not have, so
+        that a refusal or too little memory is a fact about it (`unavailable`) and no failure.
 
         Catches every error: the next row may still be measured.
         """
@@ -78,11 +83,15 @@ class Bench:
 
         try:
             figures = work()
-        except (OutOfTimeError, UnavailableError, UserError) as error:
+        except OutOfTimeError as error:
             status, why = "skipped", str(error)
+        except UnavailableError as error:
+            status, why = "unavailable", str(error)
         except Exception as error:
             status = "out of memory" if is_out_of_memory(error) else "failed"
             why = first_line(error)
+            if optional and (status == "out of memory" or isinstance(error, UserError)):
+                status = "unavailable"
 
         self.free()
         if figures is None:

@@ -19,6 +19,7 @@ def planned(engine: Engine) -> RankMemory:
     """Peak of a step of this engine, from its config alone."""
     # Planned for an accelerator also where a dry run has none.
     work = replace(
-        engine.setup.work("cuda", engine.kernels.attention_name), regather=engine.tp.regather
+        engine.setup.work("cuda", engine.kernels.attention_name, loss=engine.kernels.loss),
+        regather=engine.tp.regather,
     )
     return rank_memory(work, ONE, engine.program, 0, engine.dp.overlap)

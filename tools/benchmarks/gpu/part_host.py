@@ -42,5 +42,8 @@ def profiled(
     engine = make_engine(grid, shape, batch, microbatches)
     ids = token_ids(bench.device, shape.vocab_size, batch, microbatches)
     found = profile_engine(engine, ids, LR, bench.cuda)
+    if found.busy_seconds == 0:
+        # Common in containers: the driver lets only administrators count.
+        raise RuntimeError("the profiler saw no kernel; CUPTI may lack the right to count")
     busy = None if found.busy_seconds is None else found.busy_seconds / found.profiled_seconds
     return {**asdict(found), "rest_seconds": found.rest_seconds, "busy_share": busy}

@@ -1,9 +1,11 @@
 """GPU benchmark part `layers`: as many of K2's layers as fit.
 
-A step, and forward and backward alone.
+A step, and forward and backward alone, with and without attention.
 
-- First the choices of `auto`, then one changed at a time: attention, compilation, loss,
-  elementwise, recomputation.
+- First the choices of `auto`, then the same without attention, then one choice changed at a time:
+  attention, compilation, loss, elementwise, recomputation.
+- Without attention means that every layer takes the values for attention's output. Products, norms
+  and copies stay.
 
 Alternatives considered:
 - The whole product of the choices: hours for less insight.
@@ -19,9 +21,12 @@ from benchmarks.gpu.engines import LR, forward_backward, make_engine, token_ids,
 from benchmarks.gpu.memory import planned, states_bytes
 from benchmarks.gpu.sizes import Batch, Sizes, sizes
 from benchmarks.gpu.timing import Timer
+from k2train.model.attention import Attention
+from k2train.model.kernels.determinism import DETERMINISTIC
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan.cost import ModelShape, flops_per_token
 from k2train.text import bytes_text
+from k2train.train.engine import Engine
 
 # Attention that keeps a score for every pair is left out: at these lengths it needs gigabytes a
 # layer.
@@ -31,6 +36,9 @@ VARIANTS: tuple[tuple[str, str], ...] = (
     ("compile", "off"),
     ("loss", "reference"),
     ("elementwise", "reference"),
+    ("norm", "triton"),
+    ("elementwise", "triton"),
+    ("loss", "fused"),
     ("attention", "sdpa"),
     ("attention", "flash"),
     ("attention", "cudnn"),
@@ -60,6 +68,10 @@ class Case:
     timed: tuple[str, ...]
     kernels: dict[str, Any] = field(default_factory=dict)
     microbatches: int = 1
+    attention: bool = True
+    """False: attention is left out, and so are its FLOPs."""
+    optional: bool = False
+    """A choice that a device may not have."""
 
 
 def run(bench: Bench) -> None:
@@ -72,6 +84,11 @@ def run(bench: Bench) -> None:
             if (case := most_layers(bench, grid, work, batch)) is not None
         ]
         for case in fitting:
+            bare = replace(
+                case, what="without attention", timed=("forward_backward",), attention=False
+            )
+            attempt(bench, grid, work, bare)
+        for case in fitting:
             what = f"auto, {MICROBATCHES} micro-batches"
             attempt(
                 bench,
@@ -82,18 +99,29 @@ def run(bench: Bench) -> None:
         for key, value in VARIANTS:
             for case in fitting:
                 changed = replace(
-                    case, what=f"{key}: {value}", timed=("forward_backward",), kernels={key: value}
+                    case,
+                    what=f"{key}: {value}",
+                    timed=("forward_backward",),
+                    kernels=kernels_with(key, value),
+                    optional=True,
                 )
                 attempt(bench, grid, work, changed)
+
+
+def kernels_with(key: str, value: str) -> dict[str, Any]:
+    """Keys of `kernels` with one choice, and without determinism where that choice has none."""
+    if key not in DETERMINISTIC or value in DETERMINISTIC[key]:
+        return {key: value}
+    return {key: value, "deterministic": False}
 
 
 def most_layers(bench: Bench, grid: ProcessGrid, work: Sizes, batch: Batch) -> Case | None:
     """Measure the `auto` choices with the most layers that fit; None when none did."""
     for layers in work.k2_layers:
-        case = Case(
-            "auto", replace(work.k2, num_layers=layers), batch, ("step", "forward_backward")
-        )
-        if attempt(bench, grid, work, case):
+        shape = replace(work.k2, num_layers=layers)
+        case = Case("auto", shape, batch, ("step", "forward_backward"))
+        # Too many layers are no failure as long as fewer can be tried.
+        if attempt(bench, grid, work, replace(case, optional=layers != work.k2_layers[-1])):
             return case
     return None
 
@@ -107,10 +135,10 @@ def attempt(bench: Bench, grid: ProcessGrid, work: Sizes, case: Case) -> bool:
     }
     name = f"{case.shape.num_layers} layers, {case.batch}: {case.what}"
     needs = 0.0 if bench.dry else NEEDS_SECONDS
-    return (
-        bench.attempt(name, lambda: measure(bench, grid, case, work.rounds), needs, **labels)
-        is not None
+    found = bench.attempt(
+        name, lambda: measure(bench, grid, case, work.rounds), needs, case.optional, **labels
     )
+    return found is not None
 
 
 def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping[str, Any]:
@@ -121,6 +149,8 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
 
     before = bench.held_bytes()
     engine = make_engine(grid, case.shape, case.batch, case.microbatches, case.kernels)
+    if not case.attention:
+        leave_out_attention(engine)
     held = bench.held_bytes()
     ids = token_ids(bench.device, case.shape.vocab_size, case.batch, case.microbatches)
     engine.train_step(ids, LR)
@@ -140,8 +170,10 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
         "kernels": str(engine.kernels),
         "spread": max(timing.spread for timing in took),
         **rates(case, seconds.get("step"), seconds.get("forward_backward")),
+        "attention": case.attention,
         "peak_bytes": above(peak, before),
-        "planned_bytes": plan.total_bytes,
+        # The plan is of a model with attention.
+        "planned_bytes": plan.total_bytes if case.attention else None,
         "plan": asdict(plan),
         "states_measured_bytes": above(held, before),
         "states_planned_bytes": states,
@@ -149,10 +181,20 @@ def measure(bench: Bench, grid: ProcessGrid, case: Case, rounds: int) -> Mapping
     }
 
 
+def leave_out_attention(engine: Engine) -> None:
+    """Let every layer take the values [b, n, s, d] for its attention's output."""
+    assert engine.architecture.num_heads == engine.architecture.num_kv_heads, "heads are grouped"
+    for stage in engine.stages.values():
+        for module in stage.modules():
+            if isinstance(module, Attention):
+                module.kernel = lambda q, k, v, mask: v
+
+
 def rates(case: Case, step: float | None, inner: float | None) -> dict[str, float | None]:
     """Tokens and model FLOPs per second.
 
-    With `causal`, without the pairs that causality excludes.
+    With `causal`, without the pairs that causality excludes. A case without attention has no
+    pairs.
     """
     tokens, shape, length = (
         case.batch.tokens * case.microbatches,
@@ -161,6 +203,9 @@ def rates(case: Case, step: float | None, inner: float | None) -> dict[str, floa
     )
     flops = tokens * flops_per_token(shape, length)
     left_out = 6 * tokens * shape.num_layers * length * shape.hidden_size
+    if not case.attention:
+        # Scores and their product with the values: 12 h s a token and layer, both directions.
+        flops, left_out = flops - 2 * left_out, 0
 
     return {
         "step_seconds": step,

@@ -1,6 +1,6 @@
 """Subprocesses of our own modules, started so that they measure this checkout.
 
-Standard library only.
+Standard library only, so that a machine without torch is told what is missing.
 """
 
 import os
@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from k2train.launch.environment_defaults import deterministic_defaults
 
 TOOLS = Path(__file__).resolve().parents[2]
 ROOT = TOOLS.parent
@@ -32,6 +34,8 @@ def command_of(
         "PYTHONPATH": path,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
+        # Read once, at the first product: an engine made after it could not compute in strict mode.
+        **deterministic_defaults(processes),
         **(variables or {}),
     }
 

@@ -49,6 +49,8 @@ FILLS = (
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_c10d_functional")
 OPTIMIZER = ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm")
 WARM_UP_STEPS = 3
+TOP = 20
+"""Kernels that a profile names."""
 CATEGORIES = (
     "products", "attention", "loss", "elementwise", "copies", "fills",
     "communication", "optimizer", "gradients",
@@ -73,6 +75,10 @@ class Profile:
     synchronisations: int
     to_host: int
     """Copies from the device to the host."""
+    top: tuple[tuple[str, float, float], ...] = ()
+    """(name, seconds a step, calls a step) of the kernels, on the CPU operations, that took most of
+    the time, longest first.
+    """
 
     @property
     def rest_seconds(self) -> float:
@@ -239,7 +245,25 @@ def profile_step(step: Callable[[], Any], cuda: bool, steps: int = 2) -> Profile
         sum("LaunchKernel" in name or "GraphLaunch" in name for name in asked) // steps,
         sum("Synchronize" in name for name in asked) // steps,
         sum(event.name.startswith("Memcpy DtoH") for event in device) // steps,
+        longest(device if cuda else host, cuda, steps),
     )
+
+
+def longest(events: Sequence[Any], cuda: bool, steps: int) -> tuple[tuple[str, float, float], ...]:
+    """(name, seconds a step, calls a step) of the `TOP` names with the longest time, in order.
+
+    On a device the time of the kernels, on the CPU an operation's own.
+    """
+    seconds: dict[str, float] = {}
+    calls: dict[str, int] = {}
+    for event in events:
+        if (not cuda and "::" not in event.name) or event.name.startswith(("scope::", STEP)):
+            continue
+        spent = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
+        seconds[event.name] = seconds.get(event.name, 0.0) + spent / 1e6
+        calls[event.name] = calls.get(event.name, 0) + 1
+    names = sorted(seconds, key=seconds.__getitem__, reverse=True)[:TOP]
+    return tuple((name, seconds[name] / steps, calls[name] / steps) for name in names)
 
 
 def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:

@@ -34,6 +34,8 @@ class RankModules:
     split: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     kernels: str
+    strict: bool
+    """Whether the engine computes in torch's strict mode."""
 
 
 def rank_modules(grid: ProcessGrid, rank: RankPart) -> RankModules:
@@ -61,4 +63,5 @@ def rank_modules(grid: ProcessGrid, rank: RankPart) -> RankModules:
         split=split,
         attend=lambda q, k, v: kernels.attention(q, k, v, None),
         kernels=str(kernels),
+        strict=engine.strict,
     )

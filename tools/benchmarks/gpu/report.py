@@ -1,8 +1,6 @@
 """GPU benchmark report: rows to Markdown, and to the planner's numbers.
 
-- A row is a dictionary: `part`, `what`, `status` (ok, skipped, failed, out of memory, no device),
-  `why`, and its figures.
-- Shares of the matmul rate and targets are computed here, from rows of the same call.
+- Shares of the matmul rate are computed here, from rows of the same call.
 - Standard library only.
 
 `planner.json`, seconds of one micro-batch on one rank, local work without exchanges:
@@ -17,9 +15,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from k2train.text import bytes_text, markdown_table
+from benchmarks.gpu.aims import aims_of, aims_text
+from benchmarks.gpu.rows import (
+    FAIR,
+    Row,
+    against,
+    data_sheet,
+    fine,
+    matmul_rate,
+    peak_ratio,
+    work_text,
+)
+from k2train.text import bytes_text, clean, markdown_table
 
-Row = dict[str, Any]
 Cell = Callable[[Row], str]
 FORMAT = 1
 
@@ -36,28 +44,6 @@ LAYER = {
     "residual addition": 2,
 }
 HEAD = "head and loss, all gradients"
-
-
-def of(rows: Sequence[Row], part: str) -> list[Row]:
-    """Rows of a part."""
-    return [row for row in rows if row["part"] == part]
-
-
-def fine(rows: Sequence[Row], part: str, key: str) -> list[Row]:
-    """Rows of a part that have a figure."""
-    return [row for row in of(rows, part) if row["status"] == "ok" and row.get(key) is not None]
-
-
-def matmul_rate(rows: Sequence[Row]) -> float | None:
-    """Best sustained rate of this call, FLOP/s."""
-    return max(
-        (row["flops_per_second"] for row in fine(rows, "device", "flops_per_second")), default=None
-    )
-
-
-def data_sheet(rows: Sequence[Row]) -> float | None:
-    """FLOP/s of the device's data sheet; None if unknown."""
-    return next((row["data_sheet_flops"] for row in fine(rows, "device", "data_sheet_flops")), None)
 
 
 def planner_facts(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -198,16 +184,6 @@ def layers_text(rows: Sequence[Row]) -> str:
     return text + note if text else ""
 
 
-def peak_ratio(row: Row) -> float | None:
-    """Measured over planned peak of a row; None if either is unknown."""
-    return ratio(row["peak_bytes"], row["planned_bytes"])
-
-
-def ratio(mine: float | None, theirs: float | None) -> float | None:
-    """Quotient of two numbers; None if either is unknown."""
-    return None if mine is None or not theirs else mine / theirs
-
-
 def models_text(rows: Sequence[Row]) -> str:
     """Table of the part `models`."""
     measured = fine(rows, "models", "step_seconds")
@@ -217,26 +193,20 @@ def models_text(rows: Sequence[Row]) -> str:
 
     return columns(
         measured,
-        ("whole model, bf16", lambda row: f"{row['model']}, {row['batch']}"),
+        ("whole model, bf16", lambda row: f"{row['model']}, {work_text(row)}"),
         ("contender", words("contender")),
         ("step ms", scaled("step_seconds", 1e3)),
         ("spread", part_of("spread", 1.0)),
         ("tokens/s", scaled("tokens_per_second", 1, 0)),
+        ("MFU", part_of("step_flops_per_second", data_sheet(rows))),
         ("of the matmul rate", part_of("step_flops_per_second", matmul_rate(rows))),
+        beside(FAIR),
         beside("transformers compiled"),
         beside("reference compiled"),
         ("GiB above states", scaled("above_held_bytes", 2**-30, 2)),
         ("loss, step 1 and 3", lambda row: f"{row['losses'][0]:.2f} {row['losses'][-1]:.2f}"),
         ("timed", lambda row: "in turns" if row["in_turns"] > 1 else "alone"),
     )
-
-
-def against(row: Row, rows: Sequence[Row], name: str) -> float | None:
-    """Tokens per second of a row over those of a contender at the same model and batch."""
-    wanted = (row["model"], row["batch"], name)
-    found = (r for r in rows if (r["model"], r["batch"], r["contender"]) == wanted)
-    other = next(found, None)
-    return None if other is None else row["tokens_per_second"] / other["tokens_per_second"]
 
 
 def tp8_text(rows: Sequence[Row]) -> str:
@@ -260,7 +230,7 @@ def host_text(rows: Sequence[Row]) -> str:
     def category(name: str) -> tuple[str, Cell]:
         return name, lambda row: share(row["seconds"][name], row["profiled_seconds"])
 
-    return columns(
+    text = columns(
         measured,
         ("a step", words("what")),
         ("ms", scaled("plain_seconds", 1e3)),
@@ -271,35 +241,18 @@ def host_text(rows: Sequence[Row]) -> str:
         *map(category, measured[0]["seconds"] if measured else ()),
         ("rest", lambda row: share(row["rest_seconds"], row["profiled_seconds"])),
     )
+    return text + "".join(map(top_text, measured))
 
 
-def aims_text(rows: Sequence[Row]) -> str:
-    """Table of the targets."""
-    lines: list[list[str]] = []
-
-    def add(what: str, found: float | None, aim: str, met: Callable[[float], bool]) -> None:
-        if found is not None:
-            lines.append([what, f"{found:.3f}", aim, "met" if met(found) else "missed"])
-
-    rate, layers = matmul_rate(rows), fine(rows, "layers", "kernels")
-
-    for batch in dict.fromkeys(row["batch"] for row in layers):
-        same = [row for row in layers if row["batch"] == batch]
-        best = max(same, key=lambda row: row["flops_per_second"] or 0.0)
-        for row in [same[0], *([best] if best is not same[0] else [])]:
-            what, found = f"K2's layers, {row['what']}", ratio(row["flops_per_second"], rate)
-            add(f"{what}: share of the matmul rate", found, ">= 0.75", lambda x: x >= 0.75)
-        for row in same:
-            what, near = f"K2's layers, {row['what']}", "0.97 to 1.03"
-            add(f"{what}: peak / plan", peak_ratio(row), near, lambda x: 0.97 <= x <= 1.03)
-
-    measured = fine(rows, "models", "step_seconds")
-    for row in measured:
-        if row["contender"].startswith("k2train"):
-            found = against(row, measured, "transformers compiled")
-            add(f"{row['what']} / transformers compiled", found, ">= 1.15", lambda x: x >= 1.15)
-
-    return table(("aim", "found", "wanted", ""), lines) if lines else ""
+def top_text(row: Row) -> str:
+    """Table of the kernels that took most of a profiled step."""
+    lines = [
+        [clean(name)[:100], number(seconds, 1e3, 2), number(count), share(seconds, whole)]
+        for name, seconds, count in row["top"]
+        if (whole := row["profiled_seconds"])
+    ]
+    heading = f"\nKernels by time, {row['what']}:\n\n"
+    return heading + table(("kernel", "ms a step", "calls", "of the step"), lines) if lines else ""
 
 
 TEXTS: Mapping[str, Callable[[Sequence[Row]], str]] = {
@@ -308,17 +261,25 @@ TEXTS: Mapping[str, Callable[[Sequence[Row]], str]] = {
     "Whole models": models_text,
     "A tensor-parallel rank's pieces": tp8_text,
     "Host": host_text,
-    "Aims": aims_text,
 }
 
 
 def markdown(rows: Sequence[Row], dry_run: bool, seconds: float) -> str:
-    """The whole report: failures first, then the tables, the targets last."""
+    """The whole report: failures first, then the tables, the aims last."""
     head = (
         f"## One GPU, {seconds:.0f} s\n"
         if not dry_run
         else f"## Dry run on the CPU, {seconds:.0f} s: no figure means anything\n"
     )
     parts = [head, failures(rows)]
-    parts += [f"\n### {title}\n\n{text}" for title, make in TEXTS.items() if (text := make(rows))]
+    parts.append(tables(rows))
+    aims = [] if dry_run else aims_of(rows)
+    if aims:
+        parts.append(f"\n### Aims\n\n{aims_text(aims)}")
     return "".join(parts)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The tables of all parts that have figures, each with its heading."""
+    found = ((title, make(rows)) for title, make in TEXTS.items())
+    return "".join(f"\n### {title}\n\n{text}" for title, text in found if text)

@@ -1,4 +1,4 @@
-"""GPU benchmark sizes: K2's layers, LLaMAs of 1.3B and 2.7B, one rank's part, tiny twins."""
+"""GPU benchmark sizes: K2's layers, LLaMAs of 1.3B, 2.7B and 6.7B, a rank's part, tiny twins."""
 
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ class Sizes:
     k2_batches: tuple[Batch, ...]
     models: tuple[tuple[str, ModelShape], ...]
     model_batches: tuple[Batch, ...]
+    microbatches: tuple[int, ...]
+    """Micro-batches of a step of whole models: the optimizer's share of it differs."""
     rank: RankPart
     products: tuple[tuple[int, int, int], ...]
     """(rows, inner, columns) of the products that the matmul rate is measured on."""
@@ -69,8 +71,11 @@ FULL = Sizes(
     models=(
         ("LLaMA 1.3B", ModelShape(24, 2048, 5504, 16, 16, 32000)),
         ("LLaMA 2.7B", ModelShape(32, 2560, 6912, 20, 20, 32000)),
+        # The first LLaMA (Touvron et al. 2023, arXiv:2302.13971).
+        ("LLaMA 6.7B", ModelShape(32, 4096, 11008, 32, 32, 32000)),
     ),
     model_batches=(Batch(2048, 4), Batch(8192, 1)),
+    microbatches=(4, 1),
     rank=RankPart(8, 8192, 2752, 8, 4004, Batch(2048, 4)),
     products=(
         (8192, 8192, 44032),
@@ -90,6 +95,7 @@ TINY = Sizes(
     k2_batches=(Batch(32, 2),),
     models=(("LLaMA tiny", ModelShape(2, 32, 48, 4, 4, 131)),),
     model_batches=(Batch(16, 2),),
+    microbatches=(4, 1),
     rank=RankPart(2, 64, 48, 2, 33, Batch(32, 2)),
     products=((64, 64, 96), (64, 96, 64)),
     copy_bytes=2**16,

@@ -1,0 +1,466 @@
+"""`tools/gpu_check.py`: verdicts and exit codes, and that each check finds what it is there for.
+
+The dry run goes through all parts as on a GPU, on the CPU with tiny sizes.
+"""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.command_line import load_tool
+
+tool = load_tool("gpu_check")
+
+from benchmarks.gpu import aims, runner  # noqa: E402
+from benchmarks.gpu.bench import Bench  # noqa: E402
+from gpu_checks import (  # noqa: E402
+    numerics,
+    part_determinism,
+    part_environment,
+    part_kernels,
+    part_nccl,
+    part_parity,
+    part_recompute,
+    runs,
+)
+from gpu_checks.catalogue import CATALOGUE  # noqa: E402
+from gpu_checks.numerics import DifferentError, Trace  # noqa: E402
+from gpu_checks.page import page  # noqa: E402
+from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
+from k2train.errors import RunError  # noqa: E402
+from k2train.model.kernels import select  # noqa: E402
+
+Row = dict[str, Any]
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = tuple(CATALOGUE.values())
+TRACE = Trace((2.0, 1.0), (3.0, 4.0), "root", {"w": torch.tensor([1.0, -4.0])}, "kernels")
+
+
+def row(part: str, status: str = "ok", what: str = "x", why: str = "", **figures: Any) -> Row:
+    return {"part": part, "what": what, "status": status, "why": why, **figures}
+
+
+def bench_of(folder: Path | None = None, seconds: float = 300.0) -> tuple[Bench, io.StringIO]:
+    stream = io.StringIO()
+    deadline = time.monotonic() + seconds
+    bench = Bench("part", torch.device("cpu"), True, deadline, stream, folder or Path())
+    return bench, stream
+
+
+def rows_in(stream: io.StringIO) -> dict[str, Row]:
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    return {found["what"]: found for found in rows if found["status"] != "begun"}
+
+
+# --- verdicts ---
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "why"),
+    [
+        ([row("nccl"), row("nccl", "unavailable", "y", "no device to itself")], "held", ""),
+        ([row("nccl"), row("nccl", "failed", "y", "died")], "failed", "y: died"),
+        ([row("nccl"), row("nccl", "out of memory", "y", "full")], "failed", "y: full"),
+        ([row("nccl"), row("nccl", "skipped", "y", "0 s left")], "not run", "y: 0 s left"),
+        ([row("nccl", "unavailable", "y", "none here")], "not run", "y: none here"),
+        ([], "not run", "an earlier part ended the check"),
+        (
+            [row("nccl", "skipped", "a", "b"), row("nccl", "failed", "y", "died")],
+            "failed",
+            "y: died",
+        ),
+        (
+            [row("nccl", "failed", "y", "died"), row("nccl", "failed", "z", "too")],
+            "failed",
+            "y: died (and 1 more)",
+        ),
+    ],
+)
+def test_a_part_holds_only_if_all_of_it_ran(rows: list[Row], verdict: str, why: str) -> None:
+    """Catches a part that is called held because nothing of it ran, or because its failure is
+    one row among many.
+    """
+    result = result_of([CATALOGUE["nccl"]], rows, False, 1.0)
+    assert [(part.verdict, part.why) for part in result.parts] == [(verdict, why)]
+    assert result.held == (verdict == "held")
+
+
+def test_a_missed_aim_is_a_failed_part() -> None:
+    """Catches a slow device that passes, an aim without a figure that counts as met, and a dry run
+    that is judged by figures of tiny sizes.
+    """
+    slow = [row("host", busy_share=0.5, what="K2")]
+    part = [CATALOGUE["host"]]
+    found = result_of(part, slow, False, 1.0)
+    (verdict,) = found.parts
+    assert verdict.verdict == "failed" and not found.held
+    assert verdict.why == "K2: device busy: 0.500, wanted >= 0.97"
+    (verdict,) = result_of(part, [row("host")], False, 1.0).parts
+    assert (verdict.verdict, verdict.why) == ("not run", "device busy: no figure")
+    assert result_of(part, slow, True, 1.0).held
+    assert result_of(part, [row("host", busy_share=0.98)], False, 1.0).held
+
+
+def test_no_parts_hold_nothing() -> None:
+    assert not result_of([], [], False, 1.0).held
+
+
+def test_the_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Catches a field that is not written, and a file of another format that is taken."""
+    rows = [row("environment", facts={"device": "H100", "commit": "abc"}), row("nccl", "failed")]
+    written = result_of(PARTS[:9], rows, False, 12.34)
+    path = tmp_path / "result.json"
+    write_result(written, path)
+    assert read_result(path) == written
+    assert written.device == {"device": "H100", "commit": "abc"} and written.seconds == 12.3
+
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({**tree, "format": 2}))
+    with pytest.raises(RunError, match="format 2, this version reads 1"):
+        read_result(path)
+    for text in ("[]", "{", json.dumps({"format": 1})):
+        path.write_text(text)
+        with pytest.raises(RunError, match="not the result of a GPU check"):
+            read_result(path)
+
+
+def test_the_page_names_what_failed_before_any_figure() -> None:
+    """Catches a page on which only what went well can be seen, and a reason that breaks the
+    table.
+    """
+    rows = [
+        row("environment", facts={"device": "H100|x", "commit": "abc"}),
+        row("parity", loss_distance=1.5e-6, gradient_distance=2e-5, what="fp32 = the CPU"),
+        row("nccl", "failed", "all-reduce", "line one\nline | two " + "x" * 300),
+    ]
+    text = page(result_of(PARTS, rows, False, 12.0))
+    assert text.startswith("## Check of H100|x, commit abc\n")
+    assert f"2 of {len(PARTS)} parts ran and held" in text
+    line = next(line for line in text.splitlines() if line.startswith("| nccl |"))
+    assert "**failed**" in line and "line one" in line and len(line) < 400
+    assert text.index("**failed**") < text.index("### Aims") < text.index("1.5e-06")
+    assert "| parity | fp32 = the CPU | loss distance 1.5e-06, gradient distance 2.0e-05 |" in text
+    assert "no figure means anything" not in text
+    assert "no figure means anything" in page(result_of(PARTS, rows, True, 12.0))
+
+
+def test_correctness_comes_before_speed() -> None:
+    """Catches a check that runs out of time with figures of a device that computes wrongly."""
+    names = list(CATALOGUE)
+    assert names[0] == "environment"
+    assert names.index("ranks") < names.index("device") < names.index("layers")
+    assert all(part.least_seconds <= part.seconds for part in PARTS)
+
+
+# --- the command ---
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, status: Mapping[str, str]) -> None:
+    def command(part: runner.Part, given: runner.Given, seconds: float) -> list[str]:
+        text = json.dumps(row(part.name, status.get(part.name, "ok"), why="because"))
+        path = str(runner.rows_file(given, part))
+        return [sys.executable, "-c", f"open({path!r}, 'w').write({text!r})"]
+
+    monkeypatch.setattr(runner, "part_command", command)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [({}, 0), ({"nccl": "failed"}, 1), ({"nccl": "skipped"}, 1), ({"nccl": "unavailable"}, 1)],
+)
+def test_the_exit_code_is_0_only_if_all_held(
+    status: dict[str, str],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a check whose failure nobody notices in a script."""
+    stand_in(monkeypatch, status)
+    arguments = ["--dry-run", "--folder", str(tmp_path), "--only", "recompute", "nccl"]
+    assert tool.main(arguments) == code
+    output = capsys.readouterr()
+    result = read_result(tmp_path / "result.json")
+    assert [part.part for part in result.parts] == ["recompute", "nccl"]
+    assert (tmp_path / "page.md").read_text() == output.out
+    assert ("gpu_check: nccl" in output.err) == bool(code)
+
+
+def test_no_device_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches fourteen parts that each look for a device that is not there."""
+    stand_in(monkeypatch, {"environment": "no device"})
+    assert tool.main(["--folder", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.splitlines()[-1] == "gpu_check: because"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_what_has_no_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches parts that vanish from the page because the time was over."""
+    clock = [0.0]
+
+    def fake(part: runner.Part, given: runner.Given, seconds: float) -> list[Row]:
+        clock[0] += part.seconds
+        return [row(part.name)]
+
+    monkeypatch.setattr(runner, "run_part", fake)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+    rows = runner.run_parts(runner.Given(tmp_path, PARTS, 300.0, False), log=lambda text: None)
+    verdicts = {part.part: part.verdict for part in result_of(PARTS, rows, True, 1.0).parts}
+    done = [name for name, verdict in verdicts.items() if verdict == "held"]
+    assert done == list(CATALOGUE)[: len(done)] and 4 <= len(done) < len(PARTS)
+    assert {verdicts[name] for name in list(CATALOGUE)[len(done) :]} == {"not run"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--minutes", "0"], "must be a number above 0"),
+        (["--minutes", "soon"], "must be a number above 0"),
+        (["--minutes", "nan"], "must be a number above 0"),
+        (["--only", "speed"], "invalid choice: 'speed'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        tool.main(arguments)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and word in error and error.count("\n") == 1
+
+
+def test_the_list_names_all_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+
+
+def test_the_documents_say_what_each_part_proves() -> None:
+    """Catches a part that is not explained, and an aim that is another one there."""
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")] == [
+        *CATALOGUE
+    ]
+    for model, share in aims.MFU.items():
+        assert f"{share * 100:.0f} % ({model.removeprefix('LLaMA ')}" in text
+    assert all(f"{share:.2f}" in text for share in aims.LAYERS.values())
+
+
+# --- each check finds what it is there for ---
+
+
+def test_distances_are_those_of_the_farthest_value() -> None:
+    """Catches a mean in which one wrong gradient vanishes, and NaN that passes as near."""
+    other = Trace((2.0, 1.1), (3.0, 4.0), "r", {"w": torch.tensor([1.0, -3.0])}, "k")
+    found = numerics.distance(other, TRACE)
+    assert found.loss == pytest.approx(0.1) and found.gradient == pytest.approx(0.25)
+    assert numerics.hold_within(found, 0.11, 0.26)["gradient_distance"] == found.gradient
+    with pytest.raises(DifferentError, match=r"gradients 2.50e-01 \(bound 1e-01, in w\)"):
+        numerics.hold_within(found, 1.0, 0.1)
+
+    broken = Trace((2.0, 1.0), (3.0, 4.0), "r", {"w": torch.tensor([1.0, torch.nan])}, "k")
+    with pytest.raises(DifferentError):
+        numerics.hold_within(numerics.distance(broken, TRACE), 1e9, 1e9)
+    lost = Trace((float("nan"), 1.0), (3.0, 4.0), "r", {"w": TRACE.gradients["w"]}, "k")
+    with pytest.raises(DifferentError):
+        numerics.hold_within(numerics.distance(lost, TRACE), 1e9, 1e9)
+    missing = Trace((2.0, 1.0), (3.0, 4.0), "r", {}, "k")
+    with pytest.raises(DifferentError, match="tensors differ"):
+        numerics.distance(missing, TRACE)
+
+
+def test_parity_holds_against_independent_code() -> None:
+    """Catches a mapping of names that compares a tensor with itself only: one weight changed in
+    k2train must be found.
+    """
+    bench, stream = bench_of()
+    work = numerics.small(True)
+    with part_parity.world_of_one(bench):
+        bench.attempt("right", lambda: part_parity.independent(bench, work))
+        with pytest.MonkeyPatch.context() as patch:
+            wrong = dict(part_parity.LAYER_PARTS)
+            wrong["attention.query"], wrong["attention.key"] = (
+                wrong["attention.key"],
+                wrong["attention.query"],
+            )
+            patch.setattr(part_parity, "LAYER_PARTS", wrong)
+            bench.attempt("queries are keys", lambda: part_parity.independent(bench, work))
+    rows = rows_in(stream)
+    assert rows["right"]["status"] == "ok" and rows["right"]["code"].startswith("transformers ")
+    assert rows["right"]["gradient_distance"] < 1e-5
+    assert rows["queries are keys"]["status"] == "failed"
+
+
+def test_parity_works_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a bare machine on which nothing independent is compared."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.cpu.hugging_face", raising=False)
+    bench, stream = bench_of()
+    with part_parity.world_of_one(bench):
+        bench.attempt("x", lambda: part_parity.independent(bench, numerics.small(True)))
+    found = rows_in(stream)["x"]
+    assert (found["status"], found["code"]) == ("ok", "a LLaMA written by hand")
+
+
+def wrong_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
+    return select.sdpa_attention(q, k, v, mask) * 1.5
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check of kernels that compares names, or losses only of a model that hardly
+    listens to its attention.
+    """
+    monkeypatch.setitem(select.ATTENTION, "flash", wrong_attention)
+    monkeypatch.setattr(
+        part_kernels, "choices", lambda: [("attention", "flash"), ("attention", "sdpa")]
+    )
+    bench, stream = bench_of()
+    part_kernels.run(bench)
+    status = {what: found["status"] for what, found in rows_in(stream).items()}
+    assert status == {
+        "bf16, references": "ok",
+        "bf16, attention flash": "failed",
+        "bf16, attention sdpa": "ok",
+        "fp32, references": "ok",
+        "fp32, attention flash": "failed",
+        "fp32, attention sdpa": "ok",
+    }
+
+
+def test_every_choice_of_the_config_is_checked() -> None:
+    """Catches a kernel that is added to the config and never compared on a device."""
+    found = set(part_kernels.choices())
+    assert found >= {("attention", "cudnn"), ("norm", "fused"), ("matmul", "fp8")}
+    assert ("compile", "on") in found and ("loss", "fused") in found
+    assert not any(value in ("auto", "reference") or key == "recompute" for key, value in found)
+
+
+def test_different_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check of determinism that looks at losses, or at the first two runs only."""
+    count = [0]
+
+    def unsteady(*arguments: Any, **keywords: Any) -> Trace:
+        count[0] += 1
+        root = f"root {count[0] % 3 == 0}" if keywords.get("attention") == "flash" else "root"
+        return Trace(TRACE.losses, TRACE.norms, root, TRACE.gradients, "k")
+
+    monkeypatch.setattr(part_determinism, "trace", unsteady)
+    bench, stream = bench_of()
+    part_determinism.run(bench)
+    rows = rows_in(stream)
+    assert rows["kernels auto"]["status"] == rows["attention sdpa"]["status"] == "ok"
+    assert rows["attention flash"]["status"] == "failed"
+    assert "2 different states of 3 equal runs" in rows["attention flash"]["why"]
+    assert rows["hash on the device = hash on the CPU"]["status"] == "ok"
+
+
+def test_other_bits_of_a_recomputation_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a policy that is compared with itself."""
+
+    def changed(*arguments: Any, recompute: str = "none", **keywords: Any) -> Trace:
+        root = "other" if recompute == "full" else "root"
+        return Trace(TRACE.losses, TRACE.norms, root, TRACE.gradients, "k")
+
+    monkeypatch.setattr(part_recompute, "trace", changed)
+    bench, stream = bench_of()
+    part_recompute.run(bench)
+    status = {what: found["status"] for what, found in rows_in(stream).items()}
+    assert status == {
+        "recompute none": "ok",
+        "recompute selective = none": "ok",
+        "recompute full = none": "failed",
+    }
+
+
+def test_a_collective_that_changes_a_value_is_found() -> None:
+    """Catches a check of NCCL that only sees that a call returned."""
+
+    def damaged(x: torch.Tensor, group: Any) -> torch.Tensor:
+        x[7] += 1
+        return x
+
+    bench, _ = bench_of()
+    with pytest.raises(DifferentError, match="1 of 4096 values changed"):
+        part_nccl.held(bench, damaged, None, torch.bfloat16)
+    same = part_nccl.held(bench, lambda x, group: x, None, torch.int64)
+    assert same == {"values": 4096}
+
+
+def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a first kernel whose result nobody looks at."""
+    bench, _ = bench_of()
+    assert part_environment.exact_product(bench)["values"] == 256 * 256
+    assert part_environment.first_kernel(bench)["first_seconds"] >= 0
+    product = torch.Tensor.__matmul__
+
+    def wrong(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = product(a, b)
+        return out + 1 if out.dtype == torch.bfloat16 else out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", wrong)
+    with pytest.raises(DifferentError, match="values of an exact product are wrong"):
+        part_environment.exact_product(bench)
+
+
+def test_a_run_that_ends_otherwise_is_found(tmp_path: Path) -> None:
+    """Catches a training that failed and passes for one that stopped; its last line is the
+    reason.
+    """
+    bench, _ = bench_of(tmp_path)
+    made = runs.Runs(bench, "fp32")
+    with pytest.raises(DifferentError, match=r"exit code 2 instead of 75: .*lr\.peek"):
+        made.train("x", 2, "lr.peek=1")
+    late, _ = bench_of(tmp_path, seconds=0.0)
+    made._bench = late
+    with pytest.raises(runs.OutOfTimeError):
+        made.train("x", 2)
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """(folder, exit code) of one dry run of everything."""
+    folder = tmp_path_factory.mktemp("check")
+    code = tool.main(["--dry-run", "--folder", str(folder), "--minutes", "60"])
+    return folder, code
+
+
+@pytest.mark.slow
+def test_a_dry_run_goes_through_every_part(dry: tuple[Path, int]) -> None:
+    """Catches a part that no longer fits the library: it would fail on a GPU that is paid by the
+    minute.
+    """
+    folder, code = dry
+    result = read_result(folder / "result.json")
+    verdicts = {part.part: part.verdict for part in result.parts}
+    assert verdicts == dict.fromkeys(CATALOGUE, "held")
+    assert code == 0 and result.held
+    bad = [found for found in result.rows if found["status"] not in ("ok", "unavailable")]
+    assert bad == []
+
+
+@pytest.mark.slow
+def test_a_dry_run_leaves_results_and_nothing_else(dry: tuple[Path, int]) -> None:
+    """Catches checkpoints and caches that fill a disk, and figures that are only on the screen."""
+    folder, _ = dry
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"result.json", "page.md"}
+    assert {name.split("_")[0] for name in names} <= {"result.json", "page.md", "rows", "log"}
+    text = (folder / "page.md").read_text()
+    assert "no figure means anything" in text and "### Aims" not in text
+    order = ["**held**", "### Device and software", "### Numbers compared", "### K2's layers"]
+    assert [text.index(word) for word in order] == sorted(text.index(word) for word in order)
+    rows = {
+        (found["part"], found["what"]): found for found in read_result(folder / "result.json").rows
+    }
+    assert rows["trainer", "the same bits"]["steps"] == 6
+    assert rows["ranks", "2 ranks, tensor 2, on one device"]["loss_distance"] < 2e-4

@@ -1,0 +1,1 @@
+"""What `tools/gpu_check.py` checks on a device; without torch: `catalogue`, `verdicts`, `page`."""
