@@ -52,15 +52,13 @@ class MicroBatch(NamedTuple):
         To a CUDA device from pinned memory: from other memory the copy would block the host. torch
         keeps that memory until the copy is over.
         """
-        pinned = device.type == "cuda"
-        return MicroBatch(
-            *(
-                None
-                if part is None
-                else (part.pin_memory() if pinned else part).to(device, non_blocking=True)
-                for part in self
-            )
-        )
+
+        def uploaded(part: torch.Tensor) -> torch.Tensor:
+            # A part that was expanded has no memory of its own to pin.
+            part = part.contiguous().pin_memory() if device.type == "cuda" else part
+            return part.to(device, non_blocking=True)
+
+        return MicroBatch(*(None if part is None else uploaded(part) for part in self))
 
 
 class Share(NamedTuple):

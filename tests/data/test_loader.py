@@ -349,7 +349,11 @@ class Uploaded:
     def __init__(self, memory: str = "pageable"):
         self.memory = memory
 
+    def contiguous(self) -> "Uploaded":
+        return Uploaded("contiguous")
+
     def pin_memory(self) -> "Uploaded":
+        assert self.memory == "contiguous", "torch refuses memory that others share"
         return Uploaded("pinned")
 
     def to(self, device: torch.device, non_blocking: bool = False) -> str:

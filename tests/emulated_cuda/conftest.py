@@ -53,6 +53,8 @@ def cuda_train(emulated: ForkServer) -> Train:
 
     def train(*arguments: object, processes: int = 1, **variables: str) -> CompletedProcess[str]:
         command = ["-m", "tests.emulated_cuda", "-m", "k2train.train", *arguments]
+        # Segments that grow need more of the driver than is emulated.
+        variables = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False", **variables}
         variables = {"EMULATED_CUDA_DEVICES": DEVICES, **variables}
         return forkserver.run(command, environment(**variables), processes=processes, on=emulated)
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -255,6 +256,15 @@ def install() -> None:
             run(thread)
 
     threading.Thread.run = emulated  # type: ignore[method-assign]
+
+    start = dist.init_process_group
+
+    def with_gloo(backend: str | None = None, *arguments: Any, **options: Any) -> None:
+        # What a group of NCCL exchanges goes over the gloo half that it gets here.
+        backend = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+        start(backend, *arguments, **options)
+
+    dist.init_process_group = with_gloo
     load().emulated_cuda_listen(LISTENER)
     # Threads that still run when the interpreter goes must not call into it.
     atexit.register(load().emulated_cuda_listen, None)
