@@ -6,12 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from benchmarks.configs import config_tree
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.sizes import Batch
 from k2train.config.load import Config
 from k2train.data.loader import MicroBatch
+from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import ProcessGrid, start_process_group, stop_process_group
 from k2train.parallel.shard import named_slices
@@ -37,7 +39,7 @@ def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
 def config_of(
     shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str
 ) -> Config:
-    """Config of that shape; its data is never opened."""
+    """Config of that shape; its data is never opened. Raises ConfigError."""
     tree = config_tree(
         asdict(shape),
         batch.length_tokens,
@@ -47,7 +49,11 @@ def config_of(
         kernels=kernels,
         precision=precision,
     )
-    return Config.model_validate(tree)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        # A choice that the config refuses, as a user would be told.
+        raise ConfigError("; ".join(str(one["msg"]) for one in error.errors())) from None
 
 
 def make_engine(
