@@ -155,7 +155,8 @@ def _host_group(default: dist.ProcessGroup) -> dist.ProcessGroup:
     if "cpu:gloo" not in c10d.get_backend_config(default):
         return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     # Made with a shorter limit, which is for ranks that never come.
-    c10d._set_pg_timeout(HOST_TIMEOUT, default)
+    # Its public name is newer than the oldest torch that is supported.
+    getattr(dist, "set_timeout", c10d._set_pg_timeout)(HOST_TIMEOUT, default)
     return default
 
 
