@@ -108,6 +108,15 @@ DETERMINISTIC_DEFAULTS = (
         accepted="0",
         accepts=lambda value: value == "0",
     ),
+    DeterministicDefault(
+        "TORCHINDUCTOR_DETERMINISTIC",
+        "1",
+        # torch's strict mode sets the same for the thread that asks. A backward is compiled in
+        # autograd's own thread, which reads the default.
+        "compiled kernels are not chosen by timing",
+        accepted="1",
+        accepts=lambda value: value == "1",
+    ),
 )
 """What `kernels.deterministic` sets besides, read by libraries on a GPU."""
 

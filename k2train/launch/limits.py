@@ -15,17 +15,24 @@ from contextlib import suppress
 
 from k2train.errors import RunError
 
+USUAL = 4096
+"""Files that a launcher asks for where it does not know the world."""
 
-def raise_open_files() -> int | None:
+
+def raise_open_files(needed: int = USUAL) -> int | None:
     """Raise this process's limit of open files as far as it may; return it, None for no limit.
 
-    Processes started from here inherit it.
+    Processes started from here inherit it. Some systems name a hard limit that they do not grant:
+    there the `needed` files are asked for.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        # Some systems name a hard limit that they do not grant.
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for wanted in (hard, needed):
+        if soft == hard or soft == resource.RLIM_INFINITY:
+            break
+        if wanted == hard or wanted > soft:
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                break
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -35,7 +42,7 @@ def require_open_files(needed: int, world_size: int) -> None:
 
     Raises the limit first.
     """
-    limit = raise_open_files()
+    limit = raise_open_files(needed)
     if limit is not None and needed > limit:
         raise RunError(
             f"a world of {world_size} processes needs up to {needed} open files a process (each is "

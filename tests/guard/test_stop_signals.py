@@ -291,6 +291,8 @@ def test_a_signal_of_the_imports_ends_the_start() -> None:
 def test_kept_signals_are_handed_over_once() -> None:
     """Catches handlers that stay behind, and an ignored SIGHUP that is heard again."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # In the background of a shell script it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     early_signals.keep()
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2):

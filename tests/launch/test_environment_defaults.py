@@ -110,6 +110,7 @@ ORDER = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     "NCCL_ALGO": "Ring",
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
 }
 """What keeps the order of sums."""
 
@@ -139,6 +140,7 @@ def test_deterministic_kernels_set_more() -> None:
             ("", "Tree", "Ring,Tree", "NVLS", "^Tree", "allreduce:ring;broadcast:tree"),
         ),
         ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", ("0",), ("", "1")),
+        ("TORCHINDUCTOR_DETERMINISTIC", ("1",), ("", "0", "true")),
     ),
 )
 def test_values_without_an_order_are_refused(

@@ -42,6 +42,24 @@ def test_a_limit_that_may_not_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -
     require_open_files(10**9, 10**6)
 
 
+def test_a_hard_limit_that_is_named_and_not_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a world that is refused at 256 files where 4,096 would be granted."""
+    soft = [256]
+
+    def grant(_: int, pair: tuple[int, int]) -> None:
+        if not 0 <= pair[0] <= 10_240:
+            raise ValueError("current limit exceeds maximum limit")
+        soft[0] = pair[0]
+
+    monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (soft[0], resource.RLIM_INFINITY))
+    monkeypatch.setattr(limits.resource, "setrlimit", grant)
+    require_open_files(521, 1)
+    assert soft == [521]
+    assert raise_open_files() == limits.USUAL
+    with pytest.raises(RunError, match="up to 20000 open files"):
+        require_open_files(20_000, 5000)
+
+
 def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a message that names no number and no way out."""
     monkeypatch.setattr(limits.resource, "getrlimit", lambda _: (4096, 4096))
@@ -58,7 +76,7 @@ def test_a_start_is_refused_before_it_loads_torch(
     """Catches a limit that is looked at after the processes have met."""
     make_corpus(tmp_path / "data", 2)
     tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path / "runs", "run")
-    monkeypatch.setattr(limits, "raise_open_files", lambda: 100)
+    monkeypatch.setattr(limits, "raise_open_files", lambda needed: 100)
 
     def load(name: str) -> Any:
         raise AssertionError(f"{name} was loaded")

@@ -15,10 +15,10 @@ from k2train.errors import ConfigError
 from k2train.launch.environment import Launch
 from k2train.launch.environment_defaults import DETERMINISTIC_DEFAULTS
 from k2train.optim.grad_norm import StepDecision, StepSums
-from k2train.parallel import fused_cross_entropy
 from k2train.parallel.device_digest import RootAllReduce, StateDigest
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.replica_check import ReplicaCheck
+from k2train.plan import memory
 from k2train.train import run
 from k2train.train.engine import Engine
 from k2train.train.forward_check import run_forward_check
@@ -120,7 +120,7 @@ def host_job(launch: Launch, config: Any) -> set[str]:
 @contextmanager
 def device_without_values() -> Iterator[torch.device]:
     """A device that is no CPU and computes shapes only: the code takes its branches of a GPU."""
-    rows, room = fused_cross_entropy.STRIP_ROWS, fused_cross_entropy.STRIP_BYTES
+    rows, room = memory.STRIP_ROWS, memory.STRIP_BYTES
     read = StepDecision.read
     rows["meta"], room["meta"] = rows["cuda"], room["cuda"]
 

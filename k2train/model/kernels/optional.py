@@ -201,8 +201,9 @@ def installed_flash_attn(generation: int) -> str | None:
     """
     for name, generations in (("flash_attn_3", (9,)), ("flash_attn_4", (9, 10, 11))):
         if generation in generations:
-            # Nobody asked for it by name, so one that is missing or too old is passed over.
-            with suppress(ConfigError):
+            # Nobody asked for it by name, so one that is missing, too old or broken is passed over:
+            # a package that does not fit its own dependencies raises anything.
+            with suppress(Exception):
                 OPTIONAL_ATTENTION[name](True)
                 return name
     return None
