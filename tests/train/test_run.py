@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,10 +34,12 @@ def test_the_thread_that_computes_has_the_ranks_device(
         "set_device",
         lambda device: found.append((device, threading.current_thread())),
     )
-    monkeypatch.setattr(run, "_check_memory", lambda *arguments: None)
+    for name in ("_check_shared_device", "prepare_strict_mode", "_check_memory"):
+        monkeypatch.setattr(run, name, lambda *arguments: None)
     monkeypatch.setattr(run, "keep_freed_memory", lambda kind: "")
     monkeypatch.setattr(run, "run_hearing", met)
-    start: Any = None
+    kernels = SimpleNamespace(deterministic=True)
+    start: Any = SimpleNamespace(setup=SimpleNamespace(config=SimpleNamespace(kernels=kernels)))
     with pytest.raises(_MetError):
         run.train(Launch(1, 2, 1, launched=True), start, StopRequest(), None)
     assert found == [(torch.device("cuda", 1), threading.main_thread())]
