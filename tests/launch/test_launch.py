@@ -826,6 +826,16 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     assert verify_checkpoint(last).step in (2, 3)
 
 
+def write_ends(folder: Path, codes: dict[int, int | str], noted: list[str]) -> None:
+    """What a launcher's folder says: this process runs, others have ended or died, and signals."""
+    write_status(0, None)
+    for rank, code in codes.items():
+        status = ProcessStatus(None, os.getpid(), 1) if code == "dead" else ProcessStatus(int(code))
+        (folder / f"rank_{rank}").write_bytes(status.record())
+    if noted:
+        write_signals(folder, noted)
+
+
 @pytest.mark.parametrize(
     ("name", "noted", "codes", "world", "local", "expected"),
     (
@@ -866,12 +876,7 @@ def test_a_signal_in_a_start_is_a_request_or_a_failure(
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
-    write_status(0, None)
-    for rank, code in codes.items():
-        status = ProcessStatus(None, os.getpid(), 1) if code == "dead" else ProcessStatus(int(code))
-        (tmp_path / f"rank_{rank}").write_bytes(status.record())
-    if noted:
-        write_signals(tmp_path, noted)
+    write_ends(tmp_path, codes, noted)
     assert was_asked_to_stop(name) == expected
     # Without our launcher nobody notes anything.
     monkeypatch.delenv("K2TRAIN_VERDICTS")
@@ -1116,12 +1121,7 @@ def test_whether_a_signal_leads_to_a_save(
     """Catches a promise to save after a rank was killed, which the launcher's SIGTERM follows."""
     monkeypatch.setenv("WORLD_SIZE", str(world))
     monkeypatch.setenv("K2TRAIN_VERDICTS", str(tmp_path))
-    write_status(0, None)
-    for rank, code in codes.items():
-        status = ProcessStatus(None, os.getpid(), 1) if code == "dead" else ProcessStatus(int(code))
-        (tmp_path / f"rank_{rank}").write_bytes(status.record())
-    if noted:
-        write_signals(tmp_path, noted)
+    write_ends(tmp_path, codes, noted)
     assert means_to_save(name) is expected
     # Without our launcher nobody notes anything.
     monkeypatch.delenv("K2TRAIN_VERDICTS")

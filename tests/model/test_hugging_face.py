@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.llama_names import transformers_name
 from k2train.launch.environment import Launch
 from k2train.optim.lr_schedule import rate
 from tests.support.gloo_pool import GlooPool
@@ -30,22 +31,6 @@ TOLERANCE = 1e-5
 # Relative, at every one of the steps.
 LOSS_TOLERANCE = 1e-4
 STEPS = 20
-PARTS = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-}
-ENDS = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
 ONE = {"parallel__tensor": 1, "parallel__pipeline": 1}
 FOUR = {"parallel__tensor": 2, "parallel__pipeline": 2, "parallel__sequence": True}
 LAYOUTS = (
@@ -53,13 +38,6 @@ LAYOUTS = (
     pytest.param(2, ONE, id="dp2"),
     pytest.param(4, FOUR, id="tp2-pp2-sp"),
 )
-
-
-def their_name(name: str) -> str:
-    if name in ENDS:
-        return ENDS[name]
-    _, index, part = name.removesuffix(".weight").split(".", 2)
-    return f"model.layers.{index}.{PARTS[part]}.weight"
 
 
 def config_for(layout: dict[str, Any], **changes: Any) -> Any:
@@ -87,7 +65,9 @@ def hugging_face(config: Any, weights: dict[str, np.ndarray], attention: str = "
             attn_implementation=attention,
         )
     )
-    state = {their_name(name): torch.from_numpy(value.copy()) for name, value in weights.items()}
+    state = {
+        transformers_name(name): torch.from_numpy(value.copy()) for name, value in weights.items()
+    }
     model.load_state_dict(state, strict=True)
 
     return model.float()
@@ -183,10 +163,10 @@ def compare(pool: GlooPool, world: int, config: Any, attention: str) -> None:
     loss, norm, applied = parts[0]["results"][0]
     assert applied and loss == pytest.approx(theirs.loss.item(), rel=TOLERANCE)
     named = dict(model.named_parameters())
-    assert set(named) == {their_name(name) for name in gradients}
+    assert set(named) == {transformers_name(name) for name in gradients}
 
     for name, gradient in gradients.items():
-        error = largest_error(gradient, named[their_name(name)].grad.numpy())
+        error = largest_error(gradient, named[transformers_name(name)].grad.numpy())
         assert error <= TOLERANCE, f"gradient of {name}: relative error {error:.2e}"
 
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -239,7 +219,11 @@ def plain_loop(
         optimizer.step()
         losses.append(loss.item())
 
-    return losses, norms, {name: named[their_name(name)].detach().numpy() for name in weights}
+    return (
+        losses,
+        norms,
+        {name: named[transformers_name(name)].detach().numpy() for name in weights},
+    )
 
 
 CLIP = 3.2

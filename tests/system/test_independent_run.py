@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from tests.model.test_hugging_face import hugging_face, their_name
+from benchmarks.llama_names import transformers_name
+from tests.model.test_hugging_face import hugging_face
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     GLOBAL,
@@ -97,7 +98,7 @@ def train_independently(
 ) -> Reference:
     """Train from the weights `start` with fresh moments, over the first `steps` steps."""
     model = hugging_face(tiny_config(**SETTINGS), start, "sdpa")
-    named = {name: dict(model.named_parameters())[their_name(name)] for name in start}
+    named = {name: dict(model.named_parameters())[transformers_name(name)] for name in start}
     matrices = [value for value in named.values() if value.dim() == 2]
     vectors = [value for value in named.values() if value.dim() == 1]
     optimizer = torch.optim.AdamW(

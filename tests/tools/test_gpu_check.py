@@ -18,6 +18,7 @@ from tests.support.command_line import load_tool
 
 tool = load_tool("gpu_check")
 
+from benchmarks import llama_names
 from benchmarks.gpu import aims, runner  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
 from gpu_checks import (  # noqa: E402
@@ -288,12 +289,12 @@ def test_parity_holds_against_independent_code() -> None:
     with part_parity.world_of_one(bench):
         bench.attempt("right", lambda: part_parity.independent(bench, work))
         with pytest.MonkeyPatch.context() as patch:
-            wrong = dict(part_parity.LAYER_PARTS)
+            wrong = dict(llama_names.LAYER_PARTS)
             wrong["attention.query"], wrong["attention.key"] = (
                 wrong["attention.key"],
                 wrong["attention.query"],
             )
-            patch.setattr(part_parity, "LAYER_PARTS", wrong)
+            patch.setattr(llama_names, "LAYER_PARTS", wrong)
             bench.attempt("queries are keys", lambda: part_parity.independent(bench, work))
     rows = rows_in(stream)
     assert rows["right"]["status"] == "ok" and rows["right"]["code"].startswith("transformers ")

@@ -17,6 +17,7 @@ from benchmarks.cpu.llama import Llama, LossOf, loss_of
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import world_of_one
 from benchmarks.gpu.peers import optional, work_of
+from benchmarks.llama_names import transformers_name
 from gpu_checks.numerics import (
     CPU,
     Distance,
@@ -37,18 +38,6 @@ BF16 = {"loss": 2e-2, "gradient": 1e-1}
 """Bounds on the distances. A bf16 value has 8 bits: a gradient is a sum of values each 0.4 % off,
 and its largest difference that of the unluckiest of millions.
 """
-LAYER_PARTS = {
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.output": "self_attn.o_proj",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-}
-ENDS = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 
 
 def run(bench: Bench) -> None:
@@ -125,15 +114,6 @@ def independent_model(
     found = model.load_state_dict(state, strict=False)
     assert not found.unexpected_keys and not found.missing_keys, found
     return what, model, loss, names
-
-
-def transformers_name(name: str) -> str:
-    """Name of a tensor in transformers' LLaMA."""
-    stem = name.removesuffix(".weight")
-    if stem in ENDS:
-        return f"{ENDS[stem]}.weight"
-    _, layer, part = stem.split(".", 2)
-    return f"model.layers.{layer}.{LAYER_PARTS[part]}.weight"
 
 
 def gradients(
