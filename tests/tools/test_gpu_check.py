@@ -18,7 +18,7 @@ from tests.support.command_line import load_tool
 
 tool = load_tool("gpu_check")
 
-from benchmarks import llama_names
+from benchmarks import llama_names  # noqa: E402
 from benchmarks.gpu import aims, runner  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
 from gpu_checks import (  # noqa: E402
