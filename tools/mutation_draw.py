@@ -1,12 +1,14 @@
 """Drawn mutations: break the code at random places, one edit at a time; does any test notice?
 
-    python tools/mutation_draw.py [--count N] [--seed S] [--only TEXT] [--record FILE] [--list]
+    python tools/mutation_draw.py [--count N] [--seed S] [--only TEXT] [--record FILE]
+                                   [--emulated-cuda] [--list]
 
 - The places are in what computes numbers: parallel, model, optim, engine, data order and loader,
   checkpoint load. `mutation_places.py` says what an edit is.
 - Tests run in stages, until one fails: those of the file, those that import it, those of the
   modules that import it, whole runs against code that is not ours; then the slow ones of the first
-  and the last kind. With K2TRAIN_CUDA_PYTHON set, those under emulated CUDA, too.
+  and the last kind. With --emulated-cuda those under emulated CUDA, too; they need
+  K2TRAIN_CUDA_PYTHON.
 - An edit with which the package cannot be imported is not counted, and another one is drawn.
 - A test that hangs notices too, after some minutes.
 - `--record` keeps each result as a line of JSON, and the next start goes on behind the last one.
@@ -16,7 +18,6 @@ Exit codes: 0 every edit was noticed; 1 one survived; 2 a usage error.
 """
 
 import json
-import os
 import random
 import re
 import sys
@@ -102,7 +103,7 @@ def drawn_edits(root: Path, seed: int) -> Iterator[Edit]:
             yield edit
 
 
-def stages_of(root: Path, file: str) -> list[list[str]]:
+def stages_of(root: Path, file: str, emulated: bool = False) -> list[list[str]]:
     """Arguments of pytest, stage by stage: the file's own tests, its importers', whole runs."""
     path = Path(file)
     module = ".".join(path.with_suffix("").parts)
@@ -120,9 +121,9 @@ def stages_of(root: Path, file: str) -> list[list[str]]:
     known = {*first, *second, *WHOLE}
     third = [test for test in map(own_tests, users) if test not in known and (root / test).exists()]
     last = [test for test in WHOLE if test not in first and (root / test).exists()]
-    emulated = [EMULATED] if os.environ.get("K2TRAIN_CUDA_PYTHON") else []
+    device = [EMULATED] if emulated else []
 
-    quick = [[*s, "-m", "not slow"] for s in (first, second, third, last, emulated) if s]
+    quick = [[*s, "-m", "not slow"] for s in (first, second, third, last, device) if s]
     return [*quick, [*first, *last, "-m", "slow"]]
 
 
@@ -131,7 +132,7 @@ def own_tests(path: Path) -> str:
     return f"tests/{'/'.join(path.parts[1:-1])}/test_{path.stem}.py"
 
 
-def check_edit(server: ForkServer, edit: Edit, root: Path = ROOT) -> Drawn:
+def check_edit(server: ForkServer, edit: Edit, root: Path = ROOT, emulated: bool = False) -> Drawn:
     """Break a fresh copy and run its tests, stage by stage, until one notices.
 
     Raises BrokenPackageError when the package cannot be imported.
@@ -144,7 +145,7 @@ def check_edit(server: ForkServer, edit: Edit, root: Path = ROOT) -> Drawn:
         except SyntaxError as error:
             raise BrokenPackageError(str(error)) from None
 
-        for tests in stages_of(root, edit.file):
+        for tests in stages_of(root, edit.file, emulated):
             code, output = pytest_output(
                 server, copy, tests, LIMIT_SECONDS, TEST_PATIENCE_SECONDS=HANG_SECONDS
             )
@@ -207,6 +208,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the draw (1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="edits whose file has this")
     parser.add_argument("--record", type=Path, metavar="FILE", help="keep results, and go on")
+    parser.add_argument(
+        "--emulated-cuda", action="store_true", help="also run the tests under emulated CUDA"
+    )
     parser.add_argument("--list", action="store_true", help="print the edits, and exit")
     options = parser.parse_args(arguments)
 
@@ -228,7 +232,7 @@ def main(arguments: Sequence[str]) -> int:
             if (edit.name, edit.new) in known:
                 continue
             try:
-                result = check_edit(server, edit)
+                result = check_edit(server, edit, emulated=options.emulated_cuda)
             except BrokenPackageError:
                 print(f"not counted: {edit.name}", file=sys.stderr, flush=True)
                 continue

@@ -151,18 +151,18 @@ def _grid_lines(layout: Layout, num_layers: int, full: bool) -> list[str]:
             f"  {axis} groups: {len(groups)} of {len(groups[0])}, the first "
             f"{_group_text(groups[0])}"
         )
-    lines.append(_connection_line(layout))
+    lines += _connection_lines(layout)
     return lines
 
 
-def _connection_line(layout: Layout) -> str:
+def _connection_lines(layout: Layout) -> list[str]:
     """Connections of a rank, whose number grows with the world."""
     open_ = connections(layout, "cuda")
-    return (
+    return [
         f"  each rank: up to {counted(open_.communicators, 'communicator')} of NCCL, about "
-        f"{bytes_text(open_.communicator_bytes)} besides the plan (estimate), "
-        f"{open_.sockets} sockets, up to {open_.files} open files"
-    )
+        f"{bytes_text(open_.communicator_bytes)} besides the plan (estimate)",
+        f"  each rank: {open_.sockets} sockets, up to {open_.files} open files",
+    ]
 
 
 def _group_text(group: Sequence[int]) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from k2train.data.manifest import ChunkInfo, Manifest
-from k2train.data.source_record import compare_data
 
 OWN = "held_out"
 """Name of the set that is the held-out chunk of the run's own data."""
@@ -56,16 +55,6 @@ class HeldOutSet:
             for info, _ in self.scored()
             if info.sha256 in trained
         ]
-
-    def texts_in_common(self, training: Manifest) -> str:
-        """Say what the set's data folder shares with another one that is trained on; "" if nothing.
-
-        For a set of its own folder, whose texts beyond the scored rows count, too: a record of
-        texts does not part them. Raises DataError when a record is damaged.
-        """
-        if self.manifest.is_named((training.sha256, training.content_sha256)):
-            return ""
-        return "; ".join(compare_data(training, self.manifest).shared[:3])
 
     def scored(self) -> list[tuple[ChunkInfo, int]]:
         """Return the chunks that are read, and how many of their first rows are scored."""

@@ -19,6 +19,7 @@ from k2train.data.chunk import check_files
 from k2train.data.held_out import OWN, HeldOutSet
 from k2train.data.inspect.provenance import subset_of_rows
 from k2train.data.manifest import Manifest, read_manifest, require_borders
+from k2train.data.source_record import compare_data
 from k2train.errors import DataError, UnavailableError, UserError
 
 
@@ -78,6 +79,25 @@ def _named_set(
         require_borders(other, names)
     check_files(other, names)
     return found
+
+
+def held_out_texts_note(held_out: HeldOutSet, training: Manifest) -> str:
+    """Say that a set from another data folder has texts of the training data; "" if not.
+
+    Texts of its folder beyond the scored rows count, too: a record of texts does not part them.
+    """
+    if held_out.manifest.is_named((training.sha256, training.content_sha256)):
+        return ""
+    try:
+        common = compare_data(training, held_out.manifest).shared[:3]
+    except (DataError, UnavailableError) as error:
+        return f"held-out set {held_out.name} was not compared with the training data: {error}"
+    if not common:
+        return ""
+    return (
+        f"held-out set {held_out.name}: its data folder and the training data have in common: "
+        f"{'; '.join(common)}; where such texts are scored, the loss flatters"
+    )
 
 
 def row_subsets(

@@ -13,9 +13,7 @@ from typing import Any
 
 from k2train.config.load import Config
 from k2train.data.held_out import HeldOutSet
-from k2train.data.manifest import Manifest
 from k2train.data.order import ChunkOrder
-from k2train.errors import DataError, UnavailableError
 from k2train.train.machine import cpu_has_bf16, has_accelerator
 
 FORWARDS_A_STEP = {"none": 3, "selective": 3, "full": 4}
@@ -41,20 +39,6 @@ def bf16_note(config: Config, on_cpu: bool | None = None) -> str:
     return (
         "precision bf16 is emulated: this CPU has no bf16 instructions (avx512_bf16, amx_bf16), "
         "and is several times faster with precision=fp32"
-    )
-
-
-def held_out_texts_note(held_out: HeldOutSet, training: Manifest) -> str:
-    """Say that a set from another data folder has texts of the training data; "" if not."""
-    try:
-        common = held_out.texts_in_common(training)
-    except (DataError, UnavailableError) as error:
-        return f"held-out set {held_out.name} was not compared with the training data: {error}"
-    if not common:
-        return ""
-    return (
-        f"held-out set {held_out.name}: its data folder and the training data have in common: "
-        f"{common}; where such texts are scored, the loss flatters"
     )
 
 

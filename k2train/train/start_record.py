@@ -30,6 +30,7 @@ from k2train.run_lock.lock import RunLock
 from k2train.text import bytes_text, counted
 from k2train.train.choose import Chosen
 from k2train.train.engine import Engine
+from k2train.train.held_out_sets import held_out_texts_note
 from k2train.train.memory_report import memory_line
 from k2train.train.preflight import Start
 from k2train.train.rank_zero_logger import RankZeroRunLogger
@@ -41,7 +42,6 @@ from k2train.train.start_notes import (
     determinism_change,
     determinism_note,
     evaluation_note,
-    held_out_texts_note,
 )
 
 LEFTOVERS = (

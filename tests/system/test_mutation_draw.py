@@ -89,8 +89,7 @@ def test_the_draw_is_that_of_its_seed_and_over_all_rooms() -> None:
     assert not {edit.file for edit in first} & set(tool.NOT_ON_A_CPU)
 
 
-def test_tests_of_a_file_come_first_and_whole_runs_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("K2TRAIN_CUDA_PYTHON", raising=False)
+def test_tests_of_a_file_come_first_and_whole_runs_last() -> None:
     stages = tool.stages_of(ROOT, "k2train/optim/adamw.py")
     assert stages[0] == ["tests/optim/test_adamw.py", "-m", "not slow"]
     assert "tests/optim/test_adamw.py" not in stages[1]
@@ -100,8 +99,8 @@ def test_tests_of_a_file_come_first_and_whole_runs_last(monkeypatch: pytest.Monk
     # `load` imports it, and golden checkpoints are read in the tests of `load` alone.
     stages = tool.stages_of(ROOT, "k2train/checkpoint/reshard_read.py")
     assert "tests/checkpoint/test_load.py" in {test for stage in stages for test in stage}
-    monkeypatch.setenv("K2TRAIN_CUDA_PYTHON", "python3")
-    assert [tool.EMULATED, "-m", "not slow"] in tool.stages_of(ROOT, "k2train/optim/adamw.py")
+    stages = tool.stages_of(ROOT, "k2train/optim/adamw.py", emulated=True)
+    assert [tool.EMULATED, "-m", "not slow"] in stages
     assert (ROOT / tool.EMULATED).exists()
 
 

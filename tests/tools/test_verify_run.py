@@ -363,6 +363,8 @@ def test_the_ids_of_every_attempt_are_compared(run: Path, tmp_path: Path, whole:
         del row["check"]
     rows[1]["ids"] = "0" * 16
     again = dict(rows[1], attempt=9, ids=json.loads(lines[1])["ids"])
+    # Its root would have to be in the roots, too.
+    del again["state_root"]
     del rows[3]["ids"]
     encoded = [with_check(encode_line(row)) for row in [*rows, again]]
     (run / "metrics.jsonl").write_bytes(b"".join(encoded))

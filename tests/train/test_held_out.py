@@ -23,8 +23,8 @@ from k2train.record.events import CheckpointSaved, of_kind
 from k2train.record.held_out import HeldOutRecord
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import checked_records
+from k2train.train.held_out_sets import held_out_texts_note
 from k2train.train.preflight import prepare_start
-from k2train.train.start_notes import held_out_texts_note
 from k2train.train.trainer import Trainer
 from tests.model.test_hugging_face import hugging_face
 from tests.support.data_folder import add_chunk, finish, rewrite
@@ -380,7 +380,7 @@ def test_a_set_with_texts_of_the_training_data_is_told(base: Path, tmp_path: Pat
 
     # The set of the training's own folder is held out by its preparation.
     own = read_data_manifest(base / "other")
-    assert HeldOutSet.of("own", own, None).texts_in_common(own) == ""
+    assert held_out_texts_note(HeldOutSet.of("own", own, None), own) == ""
     sources.write_text("[]")
     damaged = HeldOutSet.of("cut", read_data_manifest(tmp_path / "cut"), None)
     note = held_out_texts_note(damaged, read_data_manifest(tmp_path / "data"))
