@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -175,11 +176,23 @@ def execute_reads(
     """
     parts = [part for read in reads for part in _parts(read, round_to)]
     before: ShardReader | None = None
+    failed = Event()
+
+    def execute(part: Read) -> None:
+        # Each read that waits would be as patient as the first.
+        if failed.is_set():
+            return
+        try:
+            _execute(part, round_to)
+        except BaseException:
+            failed.set()
+            raise
+
     with ExitStack() as opened, ThreadPoolExecutor(THREADS) as pool:
         for reader in {part.reader for part in parts}:
             opened.callback(reader.close)
         try:
-            for part, done in [(part, pool.submit(_execute, part, round_to)) for part in parts]:
+            for part, done in [(part, pool.submit(execute, part)) for part in parts]:
                 done.result()
                 progress()
                 # All of the file before is read.
@@ -187,8 +200,8 @@ def execute_reads(
                     before.close()
                 before = part.reader
         except BaseException:
-            # Each read that is queued would be as patient as the first.
-            pool.shutdown(cancel_futures=True)
+            # Also one of this thread, such as a signal.
+            failed.set()
             raise
 
 

@@ -61,7 +61,7 @@ from k2train.launch.limits import raise_open_files
 from k2train.launch.ports import taken_by
 from k2train.launch.rendezvous import BACKEND, meeting_port, read_states_only, register
 from k2train.launch.status import ProcessStatus, first_end
-from k2train.launch.supervisor import Supervisor
+from k2train.launch.supervisor import Supervisor, looking_before_others_end
 
 KILLED_BY_TORCHRUN = -15
 """Exit code of a process that torchrun ended because another one had failed."""
@@ -200,7 +200,8 @@ def _count(text: str) -> int:
 def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
     with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.watching(Path(name)):
         request_statuses(Path(name))
-        ended = _run(options)
+        with looking_before_others_end(supervisor.ends):
+            ended = _run(options)
 
         # Whatever became of the others: a mistake stays one, and so does a second Ctrl-C.
         first = first_end(supervisor.ends().values())

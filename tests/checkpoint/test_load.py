@@ -347,7 +347,7 @@ def test_the_first_read_that_fails_is_the_last(monkeypatch: pytest.MonkeyPatch) 
     reads: list[Any] = [SimpleNamespace(pieces=None, reader=reader) for _ in range(500)]
     with pytest.raises(UnavailableError):
         reshard_read.execute_reads(reads)
-    assert len(begun) <= 3 * THREADS
+    assert 1 <= len(begun) <= THREADS
 
 
 def away_job(launch: Launch, path: str, number: int) -> str:

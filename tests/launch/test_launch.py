@@ -951,6 +951,24 @@ def test_the_process_that_ended_first_decides(tmp_path: Path, codes: str, expect
     assert "process 1" not in text and "follows in" not in text
 
 
+DROWSY = """
+import sys
+from k2train.launch import supervisor
+supervisor.Supervisor._watch = lambda self: self._ended.wait()
+from k2train.launch.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""The launcher on a machine so busy that its supervisor never comes to look by itself."""
+
+
+@pytest.mark.parametrize(("codes", "expected"), (("-9,2", 1), ("2,-9", 2)))
+def test_a_busy_machine_hides_no_order(tmp_path: Path, codes: str, expected: int) -> None:
+    """Catches a crash that passes for the mistake which it caused, because nobody had looked."""
+    process = launch(worker(tmp_path, ENDS), tmp_path, codes, start=["-c", DROWSY])
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == expected, text
+
+
 @pytest.mark.parametrize(
     ("ends", "expected"),
     (
