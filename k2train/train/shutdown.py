@@ -206,8 +206,8 @@ class OpenRun:
         line = self.monitor.report_lost_connection(error)
         if NO_RANK_GONE in line and not ended:
             traceback.print_exc(file=sys.stderr)
-        if NO_RANK_GONE in line and ended and self.grid.rank > 0:
-            # All ranks know no more than this one, so rank 0 says it.
+        if ended and self.grid.rank > 0 and self.monitor.watchdog.limits.heartbeat_seconds <= 0:
+            # Without a watchdog no rank knows who reports, so rank 0 says it.
             line = ""
 
         if line:

@@ -207,7 +207,8 @@ def test_without_our_launcher_sigterm_is_a_failure(tmp_path: Path, failed: int) 
     process = start(path, processes=2, K2TRAIN_FAULTS=f"start.loaded@rank={failed}@nth=1:term")
     output, _ = process.communicate()
     assert process.job.codes == [1, 1], output
-    assert "stopped on request" not in output
+    assert "stopped on request" not in output, output
+    assert "SIGTERM during a start" in output, output
     # Where the other rank reported it, the next start records it.
     assert train(path, "run.stop_after_steps=1", processes=2).returncode == 75
     ends = ends_of(tmp_path, 2)
