@@ -81,10 +81,17 @@ class Diagnosis:
             for one in observer.statuses().values()
         )
 
-    def stalled(self, own: Heartbeat, observer: Observer, log: Callable[[str], object]) -> None:
+    def stalled(
+        self,
+        own: Heartbeat,
+        observer: Observer,
+        log: Callable[[str], object],
+        reported: Callable[[], object] = lambda: None,
+    ) -> None:
         """Diagnose a stall after this rank, `own`, exceeded its timeout.
 
-        Logs the cause if it is this rank's turn, and kills the processes that hang.
+        Logs the cause if it is this rank's turn, calls `reported`, which may hang for good, and
+        kills the processes that hang.
         """
         statuses = self._statuses(observer)
         faulty = find_faulty_ranks(statuses, self.limits.silent_after)
@@ -97,6 +104,7 @@ class Diagnosis:
         if message:
             log(message)
 
+        reported()
         self._kill(faulty)
 
     def connection_lost(self, own: Heartbeat, problem: str) -> str:

@@ -2,12 +2,13 @@
 
 - Phase and step come from the timer, the collective from the communication tracker.
 - The Python stacks of this process go to a file beside it: on STACKS_SIGNAL, and before it exits.
-- So do the last collectives as torch recorded them, when this rank is stuck.
+- So do the last collectives as torch recorded them, after the report of a rank that is stuck.
 """
 
 import contextlib
 import faulthandler
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,8 @@ CommPosition = Callable[[], tuple[int, str, str, float]]
 
 RECORDING_SECONDS = 2.0
 """Longest wait for the flight recorder."""
+HELD_SECONDS = 3 * RECORDING_SECONDS
+"""Time after which the kernel ends a process whose flight recorder holds Python's lock."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,18 @@ class OwnHeartbeat:
         """Write the recorded collectives to a file of this rank, if there are any.
 
         In a thread of its own, for `RECORDING_SECONDS` at most: the recorder's lock may be held by
-        the thread that hangs.
+        the thread that hangs. Called last before the process ends: torch's recorder waits for that
+        lock with Python's own lock held, so that no thread of this process runs any more. Then the
+        kernel ends it, by SIGALRM.
         """
         thread = threading.Thread(target=self._dump_recording, name="watch-recording", daemon=True)
+        before = signal.setitimer(signal.ITIMER_REAL, HELD_SECONDS)
         # Where no thread can be made, the report has no recording.
         with contextlib.suppress(RuntimeError, MemoryError):
             thread.start()
             thread.join(RECORDING_SECONDS)
+        if not thread.is_alive():
+            signal.setitimer(signal.ITIMER_REAL, *before)
 
     def _dump_recording(self) -> None:
         content = self.recording()

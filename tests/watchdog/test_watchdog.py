@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -368,6 +369,38 @@ def test_a_world_of_one_ends_itself(outcome: Any) -> None:
     assert " is stuck: step 25, forward/backward" in ended.lines[0]
     assert " in do" in (directory / "watch/stacks_rank_00000.txt").read_text()
     assert ended.within(10.0)
+
+
+HELD_RECORDER = """
+import ctypes, os, pathlib, sys, time
+from k2train.watchdog import own_heartbeat
+from k2train.watchdog.own_heartbeat import Member
+from k2train.watchdog.timeouts import Timeouts
+from k2train.watchdog.watchdog import Watchdog
+own_heartbeat.HELD_SECONDS = 2.0
+limits = Timeouts(heartbeat_seconds=0.2, step_seconds=1.0)
+watch = Watchdog(
+    pathlib.Path(sys.argv[1]), Member(0, 1), limits, print, lambda: (3, "tp all-reduce", "", 0.0)
+)
+watch.attempt = 1
+# Holds Python's lock for good, as torch's recorder does while NCCL holds the recorder's.
+watch.recording = lambda: ctypes.PyDLL(None).sleep(600)
+watch.start()
+watch.phase("step", 7)
+time.sleep(600)
+"""
+
+
+def test_a_flight_recorder_that_hangs_keeps_no_report_back(tmp_path: Path) -> None:
+    """Catches a dump before the report, and a process that hangs in it for good."""
+    process = subprocess.Popen([sys.executable, "-c", HELD_RECORDER, str(tmp_path)])
+    try:
+        assert process.wait(HANG_SECONDS) == -signal.SIGALRM
+    finally:
+        process.kill()
+        process.wait()
+    report = read_report(tmp_path)
+    assert report is not None and "is stuck: step 7, forward/backward" in report["line"]
 
 
 @judges("one rank that holds")
