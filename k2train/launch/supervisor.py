@@ -237,11 +237,11 @@ def looking_before_others_end(look: Callable[[], object]) -> Iterator[None]:
         look()
         close(context, *given, **named)
 
-    PContext.close = look_and_close  # type: ignore[method-assign]
+    PContext.close = look_and_close
     try:
         yield
     finally:
-        PContext.close = close  # type: ignore[method-assign]
+        PContext.close = close
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

@@ -133,9 +133,7 @@ class TimeoutThread(threading.Thread):
         assert observer is not None, "a stall is judged from what was observed"
         self._own.set_state("stalled")
         self._own.dump("over the limit")
-        self._diagnosis.stalled(
-            self._own.record(), observer, self._log, self._own.dump_recording
-        )
+        self._diagnosis.stalled(self._own.record(), observer, self._log, self._own.dump_recording)
         self._own.set_state("leaving")
         _flush()
 

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ tool = load_tool("gpu_check")
 from benchmarks import llama_names  # noqa: E402
 from benchmarks.gpu import aims, runner  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
+from benchmarks.gpu.processes import run_to_end  # noqa: E402
 from gpu_checks import (  # noqa: E402
+    compiled_anew,
     numerics,
     part_determinism,
     part_environment,
@@ -356,13 +358,39 @@ def test_different_bits_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return Trace(TRACE.losses, TRACE.norms, root, TRACE.gradients, "k")
 
     monkeypatch.setattr(part_determinism, "trace", unsteady)
+    monkeypatch.setattr(part_determinism, "root_compiled_anew", lambda bench: "other root")
     bench, stream = bench_of()
     part_determinism.run(bench)
     rows = rows_in(stream)
     assert rows["kernels auto"]["status"] == rows["attention sdpa"]["status"] == "ok"
+    assert rows["another process, compiled anew"]["status"] == "failed"
     assert rows["attention flash"]["status"] == "failed"
     assert "2 different states of 3 equal runs" in rows["attention flash"]["why"]
     assert rows["hash on the device = hash on the CPU"]["status"] == "ok"
+
+
+def test_another_process_compiles_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a second process that reads what the first one compiled, or computes something else,
+    and an error of it that passes for a hash.
+    """
+    bench, _ = bench_of(tmp_path)
+    given: list[Sequence[str]] = []
+
+    def seen(command: Sequence[str], log: Path, seconds: float) -> int | None:
+        given.append(command)
+        return run_to_end(command, log, seconds)
+
+    monkeypatch.setattr(compiled_anew, "run_to_end", seen)
+    with part_determinism.world_of_one(bench):
+        mine = numerics.trace(bench.device, numerics.small(True), "bf16").root
+    assert compiled_anew.root_compiled_anew(bench) == mine
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        (value,) = [one for one in given[0] if one.startswith(f"{name}=")]
+        folder = Path(value.partition("=")[2])
+        assert folder.is_relative_to(tmp_path) and not folder.exists()
+    monkeypatch.setattr(compiled_anew, "MODULE", "gpu_checks.nothing")
+    with pytest.raises(numerics.DifferentError, match=r"ended with 1: .*No module named"):
+        compiled_anew.root_compiled_anew(bench)
 
 
 def test_other_bits_of_a_recomputation_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

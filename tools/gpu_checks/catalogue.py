@@ -35,7 +35,12 @@ CATALOGUE: dict[str, CheckPart] = {
             25,
             "losses and gradients are those of a CPU and of independent code, fp32 and bf16",
         ),
-        _check("determinism", 50, 20, "the same step gives the same bits, three times"),
+        _check(
+            "determinism",
+            90,
+            30,
+            "the same step gives the same bits, three times and in another process",
+        ),
         _check("kernels", 50, 20, "every kernel equals the reference, forward and backward"),
         _check("recompute", 25, 15, "recomputing activations changes no bit"),
         _check("trainer", 75, 45, "a run that was stopped goes on bit for bit"),

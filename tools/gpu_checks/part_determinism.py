@@ -1,5 +1,6 @@
 """GPU check part `determinism`: the same steps from the same weights, three times, bit for bit.
 
+- Once more in another process, which compiles every kernel itself, as a start on another machine.
 - The hash covers all weights and moments after several steps: one bit of one gradient shows.
 - Every attention kernel by name, since its backward is where a device adds in any order. One that
   the config refuses with `kernels.deterministic: true`, the default, is told.
@@ -12,6 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import world_of_one
+from gpu_checks.compiled_anew import root_compiled_anew
 from gpu_checks.numerics import (
     STEPS,
     build_engine,
@@ -46,9 +48,14 @@ def run(bench: Bench) -> None:
         found = [trace(bench.device, work, "bf16", **kernels) for _ in range(REPEATS)]
         return {"states": len({one.root for one in found}), "kernels": found[0].kernels}
 
+    def anew() -> Mapping[str, Any]:
+        roots = [trace(bench.device, work, "bf16").root, root_compiled_anew(bench)]
+        return hold_same(roots, "processes")
+
     work = small(bench.dry)
     with world_of_one(bench):
         bench.attempt("kernels auto", repeated)
+        bench.attempt("another process, compiled anew", anew)
         bench.attempt("hash on the device = hash on the CPU", lambda: digests(bench))
         for name in ATTENTION:
             choice = partial(repeated, attention=name)
