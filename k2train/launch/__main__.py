@@ -61,7 +61,8 @@ from k2train.launch.limits import raise_open_files
 from k2train.launch.ports import taken_by
 from k2train.launch.rendezvous import BACKEND, meeting_port, read_states_only, register
 from k2train.launch.status import ProcessStatus, first_end
-from k2train.launch.supervisor import Supervisor, looking_before_others_end
+from k2train.launch.supervisor import Supervisor
+from k2train.launch.torchrun_close import looking_before_others_end
 
 KILLED_BY_TORCHRUN = -15
 """Exit code of a process that torchrun ended because another one had failed."""

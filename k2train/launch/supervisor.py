@@ -8,8 +8,7 @@
   (SIGSTOP) and receive no signal. Those that report a running save keep torchrun's 30 seconds.
 - A thread does this, woken by the C-level half of Python's signal handling. The main thread may
   wait for other nodes in C++, where no Python handler runs.
-- Besides the standard library only torchrun's context of processes: it is looked at before it ends
-  the rest (`looking_before_others_end`).
+- Standard library only.
 
 Alternatives considered:
 - torchrun's own stop: it sends SIGTERM and kills after 30 seconds, even in the middle of a save.
@@ -28,8 +27,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
-
-from torch.distributed.elastic.multiprocessing import PContext
 
 from k2train import early_signals
 from k2train.errors import EXIT_FAILED, EXIT_STOPPED
@@ -222,26 +219,6 @@ class Supervisor:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(EXIT_STOPPED if asked else EXIT_FAILED)
-
-
-@contextmanager
-def looking_before_others_end(look: Callable[[], object]) -> Iterator[None]:
-    """Call `look` whenever torchrun is about to end the rest of a failed start.
-
-    When a process that was killed has ended is known only by looking. Its peers end as soon as
-    torchrun tells them to, which may be before the supervisor's next look.
-    """
-    close = PContext.close
-
-    def look_and_close(context: PContext, *given: Any, **named: Any) -> None:
-        look()
-        close(context, *given, **named)
-
-    PContext.close = look_and_close
-    try:
-        yield
-    finally:
-        PContext.close = close
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:

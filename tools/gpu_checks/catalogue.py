@@ -37,7 +37,7 @@ CATALOGUE: dict[str, CheckPart] = {
         ),
         _check(
             "determinism",
-            90,
+            75,
             30,
             "the same step gives the same bits, three times and in another process",
         ),
