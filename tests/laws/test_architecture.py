@@ -91,7 +91,9 @@ INNER_ROOMS = {
 An import goes to a lower one.
 """
 
-TORCHRUN = ("k2train/launch/__main__.py", "k2train/launch/rendezvous.py")
+TORCHRUN = tuple(
+    f"k2train/launch/{name}.py" for name in ("__main__", "rendezvous", "torchrun_close")
+)
 """torchrun, with another end: these two start with torch."""
 TORCH_FREE = [
     *(ROOT / "k2train" / f"{name}.py" for name in sorted(BASE)),

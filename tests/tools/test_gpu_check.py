@@ -217,7 +217,7 @@ def test_what_has_no_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(runner, "run_part", fake)
     monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
-    rows = runner.run_parts(runner.Given(tmp_path, PARTS, 300.0, False), log=lambda text: None)
+    rows = runner.run_parts(runner.Given(tmp_path, PARTS, 330.0, False), log=lambda text: None)
     verdicts = {part.part: part.verdict for part in result_of(PARTS, rows, True, 1.0).parts}
     done = [name for name, verdict in verdicts.items() if verdict == "held"]
     assert done == list(CATALOGUE)[: len(done)] and 4 <= len(done) < len(PARTS)
