@@ -6,6 +6,8 @@ nothing.
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.command_line import load_tool
+from tests.support.command_line import load_tool, soon
 
 tool = load_tool("bench")
 
@@ -43,6 +45,7 @@ from benchmarks.gpu.memory import planned  # noqa: E402
 from benchmarks.gpu.part_layers import Case, leave_out_attention, rates  # noqa: E402
 from benchmarks.gpu.part_models import cases_of  # noqa: E402
 from benchmarks.gpu.peers import build_model, peer_contenders  # noqa: E402
+from benchmarks.gpu.processes import end_tree  # noqa: E402
 from benchmarks.gpu.profiling import STEP, Profile, _union, by_category, profile_step, scopes  # noqa: E402
 from benchmarks.gpu.rows import FAIR, against  # noqa: E402
 from benchmarks.gpu.runner import Given, Part, read_rows, run_part, run_parts  # noqa: E402
@@ -51,6 +54,7 @@ from benchmarks.gpu.timing import Timer, summary  # noqa: E402
 from k2train.data.loader import MicroBatch  # noqa: E402
 from k2train.errors import ConfigError, RunError  # noqa: E402
 from k2train.plan.cost import ModelShape, flops_per_token, parameters  # noqa: E402
+from k2train.processes import live_processes  # noqa: E402
 from tests.support.lanes import lanes  # noqa: E402
 from tests.support.tiny_model import engine_of  # noqa: E402
 
@@ -241,6 +245,39 @@ def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(
     assert time.monotonic() - began < 120, "it was waited for"
     assert [(row["what"], row["status"]) for row in found] == [("one", "ok"), ("two", "failed")]
     assert "ended after 2 s" in found[1]["why"]
+
+
+def test_nothing_that_a_part_started_outlives_it(tmp_path: Path) -> None:
+    """Catches a training that goes on on the device after its part was ended: it has a group of its
+    own, and its ranks have sessions of their own.
+    """
+    program = (
+        "import os, subprocess, sys, time\n"
+        "apart = {'process_group': 0} if len(sys.argv) == 4 else {'start_new_session': True}\n"
+        "names = sys.argv[2:]\n"
+        "command = [sys.executable, *sys.argv[:2], *names[1:]]\n"
+        "if names: subprocess.Popen(command, **apart)\n"
+        "open(os.path.join(sys.argv[1], f'pid_{len(names)}_{os.getpid()}'), 'w').close()\n"
+        "time.sleep(600)\n"
+    )
+    script = tmp_path / "tree.py"
+    script.write_text(program)
+    command = [sys.executable, str(script), str(tmp_path), "training", "rank"]
+
+    def started() -> list[int]:
+        return [int(path.name.split("_")[2]) for path in tmp_path.glob("pid_*")]
+
+    log = tmp_path / "log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        assert soon(lambda: len(started()) == 3), log.read_text()
+        end_tree(process)
+        assert process.returncode == -signal.SIGKILL
+        assert soon(lambda: not {*started()} & {*live_processes()}, 10)
+    finally:
+        for pid in {*started()} & {*live_processes()}:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_part_that_dies_says_its_last_line(

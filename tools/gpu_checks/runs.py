@@ -1,18 +1,15 @@
 """Real training runs of a check part: data of random ids, a config, the command lines of a user."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.configs import config_tree
 from benchmarks.gpu.bench import Bench, OutOfTimeError
-from benchmarks.gpu.processes import ROOT, TOOLS, command_of, last_line
+from benchmarks.gpu.processes import ROOT, TOOLS, command_of, end_tree, last_line
 from benchmarks.random_data import random_folder
 from gpu_checks.numerics import DifferentError
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
@@ -126,8 +123,6 @@ class Runs:
             except subprocess.TimeoutExpired:
                 raise OutOfTimeError(f"{' '.join(command[-3:])} took over {left:.0f} s") from None
             finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                end_tree(process)
         if code != wanted:
             raise DifferentError(f"exit code {code} instead of {wanted}: {last_line(log)}")

@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from k2train.launch.environment_defaults import deterministic_defaults
+from k2train.processes import descendants
 
 TOOLS = Path(__file__).resolve().parents[2]
 ROOT = TOOLS.parent
@@ -48,7 +49,7 @@ def command_of(
 def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
     """Run in a session of its own, with output to `log`; returns the exit code.
 
-    None when it was ended after `seconds`. Its child processes (compilers) are ended with it.
+    None when it was ended after `seconds`. Every process below it is ended with it.
     """
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -59,9 +60,36 @@ def run_to_end(command: Sequence[str], log: Path, seconds: float) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            end_tree(process)
+
+
+def end_tree(process: "subprocess.Popen[bytes]") -> None:
+    """End a process that leads a group, that group, and all below it: trainings, ranks, compilers.
+
+    A process below it may lead a group or session of its own, which no signal to this group meets.
+    """
+    below: set[int] = set()
+    if process.poll() is None:
+        # Stopped first, so that nothing new is started while the tree is looked at.
+        _signal_group(process.pid, signal.SIGSTOP)
+        while new := {*descendants([process.pid])} - below:
+            _signal(new, signal.SIGSTOP)
+            below |= new
+
+    _signal_group(process.pid, signal.SIGKILL)
+    _signal(below, signal.SIGKILL)
+    process.wait()
+
+
+def _signal(processes: Iterable[int], number: signal.Signals) -> None:
+    for pid in processes:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _signal_group(leader: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(leader, number)
 
 
 def last_line(log: Path) -> str:
