@@ -5,6 +5,7 @@
 - `scripts/gpu_check.sh` starts it from a bare checkout with any Python that has a CUDA torch.
 - Each part is a process with a time limit of its own, in order of worth. A failure ends no other
   part. What has no time is named as not run.
+- The result is written after every part: a check that is ended early keeps what it has found.
 - Nothing is written outside the folder, nothing is downloaded, no setting of the device is changed.
 
 Exit codes: 0 every part ran and held; 1 a part failed or did not run; 2 a usage error, a missing
@@ -12,7 +13,6 @@ package, or no device.
 """
 
 import argparse
-import shutil
 import signal
 import sys
 import time
@@ -22,7 +22,8 @@ from pathlib import Path
 from command_line import Parser, command
 
 from benchmarks.gpu.requirements import check_requirements
-from benchmarks.gpu.runner import Given, run_parts
+from benchmarks.gpu.rows import Row
+from benchmarks.gpu.runner import Given, results_folder, run_parts
 from gpu_checks.catalogue import CATALOGUE
 from gpu_checks.page import page
 from gpu_checks.results import CheckResult, result_of, write_result
@@ -45,30 +46,34 @@ def main(arguments: Sequence[str]) -> int:
 
     check_requirements()
     parts = tuple(part for name, part in CATALOGUE.items() if name in options.only)
-    folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, began = options.folder.resolve(), time.monotonic()
 
-    began = time.monotonic()
-    given = Given(folder, parts, 60 * options.minutes, options.dry_run)
-    try:
-        rows = run_parts(given)
-    finally:
-        for name in ("cache", "work"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+    def write(rows: Sequence[Row]) -> tuple[CheckResult, str]:
+        result = result_of(parts, rows, options.dry_run, time.monotonic() - began)
+        return result, _write(result, folder)
+
+    with results_folder(folder, (RESULT_FILE, PAGE_FILE)):
+        given = Given(folder, parts, 60 * options.minutes, options.dry_run)
+        rows = run_parts(given, keep=write)
 
     absent = [row for row in rows if row["status"] == "no device"]
     if absent:
         print(f"gpu_check: {absent[0]['why']}", file=sys.stderr)
         return EXIT_USAGE
 
-    result = result_of(parts, rows, options.dry_run, time.monotonic() - began)
-    return _report(result, folder)
+    result, text = write(rows)
+    return _report(result, text, folder)
 
 
-def _report(result: CheckResult, folder: Path) -> int:
+def _write(result: CheckResult, folder: Path) -> str:
+    """Write the result and its page; returns the page."""
     write_result(result, folder / RESULT_FILE)
     text = page(result)
     (folder / PAGE_FILE).write_text(text, encoding="utf-8")
+    return text
+
+
+def _report(result: CheckResult, text: str, folder: Path) -> int:
     print(f"written: {folder}: {RESULT_FILE}, {PAGE_FILE}", file=sys.stderr)
     print(text, end="")
 
@@ -120,6 +125,6 @@ def _minutes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    # As with Ctrl-C, so that the started processes are ended too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_FAILED))
+    # As with Ctrl-C, so that the started processes are ended too. With a text, exit code 1.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: ended by SIGTERM"))
     sys.exit(main())

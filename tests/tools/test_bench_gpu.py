@@ -129,7 +129,7 @@ def test_the_folder_holds_the_results_and_no_caches(dry: tuple[Path, str]) -> No
     """Catches results that are only on the screen, and compiler caches left behind."""
     folder, printed = dry
     assert (folder / "table.md").read_text() == printed
-    assert not (folder / "cache").exists()
+    assert not (folder / runner.SCRATCH).exists()
     assert (
         printed.index("### Device") < printed.index("### K2's layers") < printed.index("### Host")
     )

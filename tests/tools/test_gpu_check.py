@@ -37,7 +37,7 @@ from gpu_checks.catalogue import CATALOGUE  # noqa: E402
 from gpu_checks.numerics import DifferentError, Trace  # noqa: E402
 from gpu_checks.page import page  # noqa: E402
 from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
-from k2train.errors import RunError  # noqa: E402
+from k2train.errors import EXIT_INTERRUPTED, RunError  # noqa: E402
 from k2train.model.kernels import select  # noqa: E402
 
 Row = dict[str, Any]
@@ -73,7 +73,7 @@ def rows_in(stream: io.StringIO) -> dict[str, Row]:
         ([row("nccl"), row("nccl", "out of memory", "y", "full")], "failed", "y: full"),
         ([row("nccl"), row("nccl", "skipped", "y", "0 s left")], "not run", "y: 0 s left"),
         ([row("nccl", "unavailable", "y", "none here")], "not run", "y: none here"),
-        ([], "not run", "an earlier part ended the check"),
+        ([], "not run", "the check ended before it"),
         (
             [row("nccl", "skipped", "a", "b"), row("nccl", "failed", "y", "died")],
             "failed",
@@ -205,6 +205,44 @@ def test_no_device_is_one_line(
     output = capsys.readouterr()
     assert output.out == "" and output.err.splitlines()[-1] == "gpu_check: because"
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_check_that_is_ended_early_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches minutes on a device that leave no page, the page of an earlier check that passes for
+    this one's, and folders of a user's that are removed with the check's own.
+    """
+
+    def interrupted(part: runner.Part, given: runner.Given, seconds: float) -> list[Row]:
+        assert (tmp_path / runner.SCRATCH).is_dir()
+        if part.name == "parity":
+            raise KeyboardInterrupt
+        assert not (tmp_path / "page.md").exists(), "the page of an earlier check"
+        return [row(part.name)]
+
+    for name in ("work", "cache", runner.SCRATCH):
+        (tmp_path / name).mkdir()
+    for name in ("result.json", "page.md"):
+        (tmp_path / name).write_text("of an earlier check")
+    monkeypatch.setattr(runner, "run_part", interrupted)
+    assert tool.main(["--dry-run", "--folder", str(tmp_path)]) == EXIT_INTERRUPTED
+
+    verdicts = {part.part: part.verdict for part in read_result(tmp_path / "result.json").parts}
+    assert verdicts == {**dict.fromkeys(CATALOGUE, "not run"), "environment": "held"}
+    assert f"1 of {len(PARTS)} parts ran and held" in (tmp_path / "page.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "cache", "result.json", "page.md"}
+
+
+def test_a_folder_that_cannot_be_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert tool.main(["--dry-run", "--folder", str(folder)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"--folder ({folder}): nothing can") and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "x"
 
 
 def test_what_has_no_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

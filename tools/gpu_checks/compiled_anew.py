@@ -21,6 +21,7 @@ import torch
 from benchmarks.gpu.bench import Bench, OutOfTimeError
 from benchmarks.gpu.engines import world_of_one
 from benchmarks.gpu.processes import command_of, last_line, run_to_end
+from benchmarks.gpu.runner import SCRATCH
 from gpu_checks.numerics import DifferentError, small, trace
 
 MODULE = "gpu_checks.compiled_anew"
@@ -31,7 +32,9 @@ def root_compiled_anew(bench: Bench) -> str:
 
     Raises DifferentError when that process fails, OutOfTimeError when no time is left for it.
     """
-    with TemporaryDirectory(prefix="anew-", dir=bench.folder) as name:
+    scratch = bench.folder / SCRATCH
+    scratch.mkdir(exist_ok=True)
+    with TemporaryDirectory(prefix="anew-", dir=scratch) as name:
         folder = Path(name)
         variables = {
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),

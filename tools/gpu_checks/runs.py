@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.configs import config_tree
 from benchmarks.gpu.bench import Bench, OutOfTimeError
 from benchmarks.gpu.processes import ROOT, TOOLS, command_of, end_tree, last_line
+from benchmarks.gpu.runner import SCRATCH
 from benchmarks.random_data import random_folder
 from gpu_checks.numerics import DifferentError
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
@@ -26,7 +27,7 @@ class Runs:
 
     def __init__(self, bench: Bench, precision: str):
         self._bench = bench
-        self.folder = bench.folder / "work" / bench.part
+        self.folder = bench.folder / SCRATCH / bench.part
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.config = self.folder / "config.yaml"

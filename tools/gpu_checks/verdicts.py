@@ -48,7 +48,7 @@ def judge(part: CheckPart, rows: Sequence[Row], aims: Sequence[Aim]) -> PartVerd
     left_out = [_row_text(row) for row in mine if row["status"] in skipped]
     left_out += [f"{aim.what}: {aim.why}" for aim in own_aims if aim.state == "not judged"]
     if not checks and not failed and not left_out:
-        left_out = [_row_text(row) for row in mine] or ["an earlier part ended the check"]
+        left_out = [_row_text(row) for row in mine] or ["the check ended before it"]
 
     if failed:
         return PartVerdict(part.name, part.proves, "failed", _reasons(failed), checks)

@@ -10,7 +10,6 @@ device to measure.
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from benchmarks.gpu.report import markdown, planner_facts
 from benchmarks.gpu.requirements import check_requirements
 from benchmarks.gpu.rows import Row
-from benchmarks.gpu.runner import Given, Part, parts_without_result, run_parts
+from benchmarks.gpu.runner import Given, Part, parts_without_result, results_folder, run_parts
 from k2train.command_line import Parser
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_USAGE
 
@@ -35,6 +34,8 @@ PARTS = {
     )
 }
 """In order of worth. Those with a compiler in them need most of the time."""
+FILES = ("result.json", "planner.json", "table.md")
+"""Results; the second only where there are facts for a planner."""
 
 
 def read_arguments(arguments: Sequence[str]) -> Given:
@@ -86,18 +87,16 @@ def main(arguments: Sequence[str]) -> int:
     """Run, and print the Markdown table last; returns the exit code."""
     given = read_arguments(arguments)
     check_requirements()
-    given.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    rows = run_parts(given)
-    shutil.rmtree(given.folder / "cache", ignore_errors=True)
+    with results_folder(given.folder, FILES):
+        rows = run_parts(given)
     missing = [row for row in rows if row["status"] == "no device"]
     if missing:
         print(f"bench.py gpu: {missing[0]['why']}", file=sys.stderr)
         return EXIT_USAGE
 
     table = write_results(given, rows, time.monotonic() - began)
-    files = [name for name in ("result.json", "planner.json", "table.md")]
-    written = ", ".join(name for name in files if (given.folder / name).exists())
+    written = ", ".join(name for name in FILES if (given.folder / name).exists())
     print(f"written: {given.folder}: {written}", file=sys.stderr)
     print(table, end="")
 

@@ -13,17 +13,23 @@ Alternatives considered:
 """
 
 import json
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.gpu.processes import command_of, last_line, run_to_end
 from benchmarks.gpu.rows import Row
+from k2train.errors import RunError
 
 GRACE_SECONDS = 8.0
 """Extra seconds after a part's deadline to finish its current timing, before it is ended."""
+
+SCRATCH = ".gpu_scratch"
+"""Subfolder for compiler caches, data and runs. It is removed, so its name is nobody else's."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,29 @@ class Given:
     """Environment variables of the parts."""
 
 
+@contextmanager
+def results_folder(folder: Path, results: Iterable[str]) -> Iterator[None]:
+    """Make the folder; inside this context parts may write to its `SCRATCH`.
+
+    Results of an earlier call are removed first: one that is ended early must not leave them.
+    Raises RunError where nothing can be written.
+    """
+    scratch = folder / SCRATCH
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        for name in results:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"--folder ({folder}): nothing can be written there ({error.strerror}); name another"
+        ) from None
+    try:
+        yield
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def rows_file(given: Given, part: Part) -> Path:
     """File of a part's rows."""
     return given.folder / f"rows_{part.name}.jsonl"
@@ -62,7 +91,7 @@ def log_file(given: Given, part: Part) -> Path:
 
 def part_command(part: Part, given: Given, seconds: float) -> list[str]:
     """Command of one part's process, with its compiler caches in the folder."""
-    cache = given.folder / "cache"
+    cache = given.folder / SCRATCH / "cache"
     variables = {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
@@ -136,10 +165,15 @@ def limit_seconds(parts: Sequence[Part], left_seconds: float) -> float:
     return min(max(share, parts[0].seconds), left_seconds) - GRACE_SECONDS
 
 
-def run_parts(given: Given, log: Callable[[str], None] | None = None) -> list[Row]:
+def run_parts(
+    given: Given,
+    log: Callable[[str], None] | None = None,
+    keep: Callable[[Sequence[Row]], None] | None = None,
+) -> list[Row]:
     """Run all parts one after another; where there is no device, the first only.
 
-    `log` takes a line before each part, by default to stderr.
+    `log` takes a line before each part, by default to stderr. `keep` takes all rows so far after
+    each: a call that is ended early has the results of the parts before.
     """
     say = log or (lambda text: print(text, file=sys.stderr, flush=True))
     began, rows = time.monotonic(), []
@@ -160,6 +194,8 @@ def run_parts(given: Given, log: Callable[[str], None] | None = None) -> list[Ro
         rows += found
         if any(row["status"] == "no device" for row in found):
             break
+        if keep is not None:
+            keep(rows)
 
     return rows
 
