@@ -74,12 +74,19 @@ class DeterministicDefault(EnvironmentDefault):
 
 ORDERED_ALGORITHMS = {"ring", "collnetdirect", "collnetchain"}
 """NCCL's algorithms whose order of sums follows from the topology alone."""
+OTHER_ALGORITHMS = {"tree", "nvls", "nvlstree", "pat"}
+"""All others of NCCL."""
 
 
 def _keeps_nccl_order(value: str) -> bool:
-    """Whether NCCL_ALGO allows ordered algorithms only, or leaves out NVLink SHARP (NVLS)."""
+    """Whether NCCL_ALGO allows ordered algorithms only.
+
+    NCCL compares whole names (`parseList` in its tuning.cc): ^NVLS still allows Tree and NVLSTree.
+    """
+    every = ORDERED_ALGORITHMS | OTHER_ALGORITHMS
     names = {name.strip() for name in value.lower().removeprefix("^").split(",")}
-    return "nvls" in names if value.startswith("^") else names <= ORDERED_ALGORITHMS
+    allowed = every - names if value.startswith("^") else names
+    return names <= every and bool(allowed) and allowed <= ORDERED_ALGORITHMS
 
 
 DETERMINISTIC_DEFAULTS = (
@@ -98,7 +105,7 @@ DETERMINISTIC_DEFAULTS = (
         # another one in the next run. Megatron-LM's deterministic mode takes Ring, too.
         "NCCL adds in an order that follows from the topology",
         several_ranks=True,
-        accepted="Ring, CollnetDirect, CollnetChain, or a list that leaves out NVLS (^NVLS)",
+        accepted="Ring, CollnetDirect, CollnetChain, or ^Tree,NVLS,NVLSTree,PAT",
         accepts=_keeps_nccl_order,
     ),
     DeterministicDefault(

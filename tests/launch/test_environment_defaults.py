@@ -136,8 +136,12 @@ def test_deterministic_kernels_set_more() -> None:
         ("CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8"), ("", ":4096:2", ":0:0", ":4096:8:16:8")),
         (
             "NCCL_ALGO",
-            ("Ring", "ring,CollnetDirect", "CollnetChain", "^NVLS", "^NVLS,Tree"),
-            ("", "Tree", "Ring,Tree", "NVLS", "^Tree", "allreduce:ring;broadcast:tree"),
+            ("Ring", "ring,CollnetDirect", "CollnetChain", "^Tree,NVLS,NVLSTree,PAT"),
+            (
+                *("", "Tree", "Ring,Tree", "NVLS", "^Tree", "^NVLS", "^NVLS,Tree", "^"),
+                *("allreduce:ring;broadcast:tree", "^Tree,NVLS,NVLSTree,PAT;allreduce:NVLS"),
+                "^Tree,NVLS,NVLSTree,PAT,Ring,CollnetDirect,CollnetChain",
+            ),
         ),
         ("NVTE_ALLOW_NONDETERMINISTIC_ALGO", ("0",), ("", "1")),
         ("TORCHINDUCTOR_DETERMINISTIC", ("1",), ("", "0", "true")),
