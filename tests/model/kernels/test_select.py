@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_auto_takes_no_unmeasured_kernel(monkeypatch: pytest.MonkeyPatch, compil
     chosen = choose_kernels(attention="flash", compile=compile, traits=traits)
     assert "triton" not in chosen.names().values() and chosen.softmax is None
     assert (chosen.add_norm, chosen.versions) == (None, ())
+
+
+def test_the_documents_say_what_auto_takes() -> None:
+    """Catches a page on which `auto` takes a kernel of ours that it does not take."""
+    page = (Path(__file__).resolve().parents[3] / "docs" / "performance.md").read_text("utf-8")
+    table = page.split("## Triton kernels")[1].split("\n\n")[1].splitlines()
+    told = {line.split("`")[1]: line.split("|")[-2].strip() for line in table if "| `k" in line}
+    assert told == {
+        "kernels.norm": "torch's, or compiled",
+        "kernels.elementwise": "torch's, or compiled",
+        "kernels.loss": "torch's",
+        "kernels.optimizer": "torch's",
+    }
 
 
 @pytest.mark.parametrize("key", ("norm", "elementwise", "loss", "optimizer"))
