@@ -384,6 +384,26 @@ def test_a_missing_package_is_named_before_the_first_part(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("lacking", "site", "end"),
+    [
+        (("torch",), False, "PY=/path/to/python3 (.gpu_site brings no torch)"),
+        (("torch", "xxhash"), True, "PY=/path/to/python3 (.gpu_site brings no torch)"),
+        (("xxhash",), True, "PY=/path/to/python3"),
+    ],
+)
+def test_the_folder_is_named_for_what_it_brings(
+    monkeypatch: pytest.MonkeyPatch, lacking: tuple[str, ...], site: bool, end: str
+) -> None:
+    """Catches the way to a folder of packages where torch is missing, which is not in it."""
+    problems = [f"{name} (no module {name})" for name in lacking]
+    monkeypatch.setattr(requirements, "missing", lambda wanted: problems)
+    with pytest.raises(RunError) as caught:
+        requirements.check_requirements()
+    text = str(caught.value)
+    assert ("scripts/gpu_site.sh" in text) == site and text.endswith(end) and "\n" not in text
+
+
 def test_an_old_package_is_named_with_its_bound() -> None:
     """Catches a version that is compared as text, and a bound that is not the project's."""
     bounds = requirements.lower_bounds()

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[3]
 SITE_FOLDER = ".gpu_site"
 """Folder that `scripts/gpu_site.sh` makes, ignored by git."""
 OLDEST_PYTHON = (3, 11)
+NOT_BROUGHT = ("torch ", "numpy ", "Python ")
+"""Begins of problems that the folder does not solve."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,18 @@ def check_requirements(wanted: Iterable[Requirement] = TRAINING) -> None:
         return
 
     version = ".".join(platform.python_version_tuple()[:2])
+    advice = ["install it there"]
+    if any(not problem.startswith(NOT_BROUGHT) for problem in problems):
+        advice.append(
+            "on a machine with a package registry run `bash scripts/gpu_site.sh --python "
+            f"{version}` and take the folder {SITE_FOLDER} along"
+        )
+    advice.append("name another interpreter: PY=/path/to/python3")
+    if own := [problem.split()[0] for problem in problems if problem.startswith(NOT_BROUGHT)]:
+        advice[-1] += f" ({SITE_FOLDER} brings no {' and no '.join(own)})"
     raise RunError(
         f"{sys.executable} (Python {platform.python_version()}) lacks {', '.join(problems)}; "
-        "install it there, or, on a machine with a package registry, run `bash "
-        f"scripts/gpu_site.sh --python {version}` and take the folder {SITE_FOLDER} along, or "
-        "name another interpreter: PY=/path/to/python3"
+        f"{', or '.join(advice)}"
     )
 
 
