@@ -239,12 +239,14 @@ def test_the_mode_is_on_inside_and_as_before_outside() -> None:
     assert state() == before
 
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = True
     try:
         with strict_mode(wanted=True):
-            assert state()[:2] == (True, False)
-        assert state()[:2] == (True, True)
+            assert state() == (True, False, False, False)
+        assert state() == (True, True, before[2], True)
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = before[3]
 
 
 def mode_job(launch: Launch, strict: bool) -> list[bool]:
