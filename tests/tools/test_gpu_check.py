@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from gpu_checks.page import page  # noqa: E402
 from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
 from k2train.errors import EXIT_INTERRUPTED, RunError  # noqa: E402
 from k2train.model.kernels import select  # noqa: E402
+from k2train.record.events import Starting  # noqa: E402
+from k2train.record.ledger import Ledger  # noqa: E402
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[2]
@@ -491,6 +494,31 @@ def test_a_run_that_ends_otherwise_is_found(tmp_path: Path) -> None:
     made._bench = late
     with pytest.raises(runs.OutOfTimeError):
         made.train("x", 2)
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+@pytest.mark.parametrize("found", [False, True])
+def test_a_run_on_another_device_is_found(
+    on_cpu: bool, found: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a way from CUDA to a CPU and back that never leaves the device or was never there."""
+    bench, _ = bench_of(tmp_path)
+    made = runs.Runs(replace(bench, device=torch.device("cuda")), "bf16")
+    commands: list[Sequence[str]] = []
+
+    def started(command: Sequence[str], wanted: int) -> None:
+        commands.append(command)
+        made.path("x").mkdir(parents=True)
+        ledger = Ledger(made.path("x") / "ledger.jsonl")
+        ledger.append(Starting(attempt=1, step=0, settings={} if found else None))
+
+    monkeypatch.setattr(made, "_run", started)
+    if found != on_cpu:
+        made.train("x", 2, on_cpu=on_cpu)
+    else:
+        with pytest.raises(DifferentError, match=r"run x was to compute on .*, and did on "):
+            made.train("x", 2, on_cpu=on_cpu)
+    assert ("CUDA_VISIBLE_DEVICES=" in commands[0]) == on_cpu
 
 
 @pytest.fixture(scope="module")

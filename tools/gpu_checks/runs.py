@@ -14,6 +14,8 @@ from benchmarks.gpu.runner import SCRATCH
 from benchmarks.random_data import random_folder
 from gpu_checks.numerics import DifferentError
 from k2train.errors import EXIT_DONE, EXIT_STOPPED
+from k2train.record.events import Starting, of_kind
+from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest
 
 STEPS_OF_DATA = 40
@@ -78,8 +80,8 @@ class Runs:
     ) -> None:
         """Train `steps` more steps of a run, then save and stop.
 
-        Raises DifferentError when the command ends with another exit code than that of a stop, and
-        OutOfTimeError.
+        Raises DifferentError when the command ends with another exit code than that of a stop, or
+        computed on another device than was asked for, and OutOfTimeError.
         """
         arguments = [str(self.config), f"run.name={name}", f"run.stop_after_steps={steps}"]
         arguments += overrides
@@ -91,6 +93,15 @@ class Runs:
             launch = ["--nproc-per-node", str(processes), "-m", "k2train.train"]
             command = command_of("k2train.launch", [*launch, *arguments], given)
         self._run(command, EXIT_STOPPED)
+        self._require_device(name, self._bench.cuda and not on_cpu)
+
+    def _require_device(self, name: str, accelerated: bool) -> None:
+        """Raise DifferentError unless the last start of a run had an accelerator, or had none."""
+        starts = of_kind(read_ledger(self.path(name) / "ledger.jsonl"), Starting)
+        # Only there a start records the settings of devices.
+        if (starts[-1].settings is not None) != accelerated:
+            asked, found = ("a device", "the CPU") if accelerated else ("the CPU", "a device")
+            raise DifferentError(f"run {name} was to compute on {asked}, and did on {found}")
 
     def tool(self, name: str, *arguments: str) -> None:
         """Run one of the tools, which must end with 0."""
