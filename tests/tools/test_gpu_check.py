@@ -8,8 +8,10 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,15 +25,21 @@ from benchmarks import llama_names  # noqa: E402
 from benchmarks.gpu import aims, runner  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
 from benchmarks.gpu.processes import run_to_end  # noqa: E402
+from benchmarks.gpu.sizes import Batch  # noqa: E402
+from benchmarks.gpu.timing import Timing  # noqa: E402
 from gpu_checks import (  # noqa: E402
     compiled_anew,
     numerics,
+    part_checkpoint,
     part_determinism,
     part_environment,
     part_kernels,
     part_nccl,
     part_parity,
+    part_price,
+    part_ranks,
     part_recompute,
+    part_trainer,
     runs,
 )
 from gpu_checks.catalogue import CATALOGUE  # noqa: E402
@@ -519,6 +527,156 @@ def test_a_run_on_another_device_is_found(
         with pytest.raises(DifferentError, match=r"run x was to compute on .*, and did on "):
             made.train("x", 2, on_cpu=on_cpu)
     assert ("CUDA_VISIBLE_DEVICES=" in commands[0]) == on_cpu
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, module: Any) -> tuple[Bench, io.StringIO]:
+    """A bench of a device that is not there, for a part whose computations are stood in for."""
+    bench, stream = bench_of()
+    monkeypatch.setattr(module, "world_of_one", lambda bench: nullcontext(), raising=False)
+    return replace(bench, device=torch.device("cuda")), stream
+
+
+def test_parity_is_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a device that is compared with itself."""
+    bench, stream = on_a_gpu(monkeypatch, part_parity)
+    wrong = Trace((9.0, 9.0), TRACE.norms, "root", TRACE.gradients, "k")
+    monkeypatch.setattr(part_parity, "independent", lambda bench, work: {})
+    monkeypatch.setattr(
+        part_parity,
+        "trace",
+        lambda device, *_, **kernels: wrong if device.type == "cuda" else TRACE,
+    )
+    part_parity.run(bench)
+    status = {what: found["status"] for what, found in rows_in(stream).items()}
+    right = {"the CPU, fp32", "independent code, fp32"}
+    assert len(status) == 6 and {what for what in status if status[what] == "ok"} == right
+
+
+def test_the_hash_is_computed_on_both_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a hash that is compared with itself."""
+    for name in ("build_engine", "trace_of"):
+        monkeypatch.setattr(part_determinism, name, lambda *_: None)
+    monkeypatch.setattr(part_determinism, "root_of", lambda *_, on_host=False: str(on_host))
+    with pytest.raises(DifferentError, match="2 different states of 2 devices"):
+        part_determinism.digests(bench_of()[0])
+
+
+def test_the_price_is_that_of_determinism(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches two engines of one kind, whose price is nothing, and a price of the wrong one."""
+    seconds = {True: 1.5, False: 1.0}
+
+    class Turns:
+        def __init__(self, bench: Bench) -> None: ...
+
+        def in_turns(self, works: Sequence[Any], rounds: int) -> list[Timing]:
+            took = [seconds[work.args[0].kernels] for work in works]
+            return [Timing(one, one, one, 1) for one in took]
+
+    monkeypatch.setattr(
+        part_price, "make_engine", lambda *given: SimpleNamespace(kernels=given[4]["deterministic"])
+    )
+    monkeypatch.setattr(part_price, "token_ids", lambda *_: [])
+    monkeypatch.setattr(part_price, "Timer", Turns)
+    found = part_price.price(bench_of()[0], None, Batch(16, 2))
+    assert (found["price"], found["kernels"]) == (0.5, "True | False")
+
+
+class StandInRuns:
+    """Runs of which only the record is left, as `Runs`."""
+
+    losses_of: Mapping[str, list[float]] = {}
+
+    def __init__(self, bench: Bench, precision: str):
+        self.started: list[tuple[Any, ...]] = []
+        made.append(self)
+
+    def steps(self, count: int) -> int:
+        return count
+
+    def path(self, name: str) -> Path:
+        return Path(name)
+
+    def train(self, name: str, steps: int, *overrides: str, **how: Any) -> None:
+        self.started.append((name, steps, *overrides, *how.items()))
+
+    def tool(self, name: str, *arguments: str) -> None:
+        self.started.append((name, *arguments))
+
+    def losses(self, name: str) -> list[float]:
+        return self.losses_of[name]
+
+
+made: list[StandInRuns] = []
+
+
+@pytest.mark.parametrize(
+    ("losses", "status"),
+    [
+        ({"stopped": [1.0] * 18, "whole": [1.0] * 18}, "ok"),
+        ({"stopped": [1.0] * 17, "whole": [1.0] * 17}, "failed"),
+        ({"stopped": [1.0] * 18, "whole": [1.0] * 17 + [2.0]}, "failed"),
+    ],
+)
+def test_a_resume_is_compared_with_a_run_that_never_stopped(
+    losses: dict[str, list[float]], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a run that was never resumed, or that is compared with itself."""
+    monkeypatch.setattr(StandInRuns, "losses_of", losses)
+    monkeypatch.setattr(part_trainer, "Runs", StandInRuns)
+    bench, stream = on_a_gpu(monkeypatch, part_trainer)
+    part_trainer.run(bench)
+    assert made[-1].started == [
+        ("stopped", 12),
+        ("stopped", 6),
+        ("whole", 18),
+        ("compare_runs", "stopped", "whole"),
+    ]
+    assert rows_in(stream)["the same bits"]["status"] == status
+
+
+def test_a_checkpoint_goes_to_the_cpu_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a way to a CPU that stays on the device, and checkpoints that nobody verifies."""
+    monkeypatch.setattr(StandInRuns, "losses_of", {"moved": [1.0] * 4})
+    monkeypatch.setattr(part_checkpoint, "Runs", StandInRuns)
+    bench, stream = on_a_gpu(monkeypatch, part_checkpoint)
+    part_checkpoint.run(bench)
+    assert rows_in(stream)["the same run on a CPU"]["why"].endswith(
+        "4 steps on record, 6 were asked for"
+    )
+
+    monkeypatch.setattr(
+        StandInRuns, "losses", lambda runs, name: [1.0] * (2 + 2 * len(runs.started))
+    )
+    part_checkpoint.run(bench)
+    assert made[-1].started == [
+        ("moved", 4, ("on_cpu", False)),
+        ("moved", 2, ("on_cpu", True)),
+        ("moved", 2, ("on_cpu", False)),
+        ("verify_checkpoint", "--root", "moved"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("together", "world", "status"),
+    [(1.0001, 4, "ok"), (1.0003, 4, "failed"), (1.0, 1, "failed"), (float("nan"), 4, "failed")],
+)
+def test_ranks_are_compared_with_one(
+    together: float, world: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that never met, and a run that is compared with itself."""
+    (tmp_path / "ledger.jsonl").write_text(json.dumps({"world_size": world}))
+    losses = {"alone": [1.0], "together": [together]}
+    monkeypatch.setattr(StandInRuns, "losses_of", losses)
+    monkeypatch.setattr(StandInRuns, "path", lambda runs, name: tmp_path)
+    monkeypatch.setattr(part_ranks, "Runs", StandInRuns)
+    bench, stream = on_a_gpu(monkeypatch, part_ranks)
+    part_ranks.run(replace(bench, dry=False))
+    assert made[-1].started[1][2:] == (
+        "parallel.tensor=2",
+        ("processes", 4),
+        ("variables", {"K2TRAIN_RANKS_PER_DEVICE": "4"}),
+    )
+    assert rows_in(stream)["4 ranks, tensor 2, on one device"]["status"] == status
 
 
 @pytest.fixture(scope="module")
