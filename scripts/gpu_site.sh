@@ -27,6 +27,12 @@ done
 [[ "$version" =~ ^3\.[0-9]+$ ]] || refuse "--python must be a version such as 3.12, not '$version'"
 [ -n "$folder" ] || refuse "--folder needs a folder"
 
+# It is replaced as a whole, so it must be one of ours.
+mark=.made_by_gpu_site
+if [ -e "$folder" ] && [ "$folder" != "$root/.gpu_site" ] && [ ! -e "$folder/$mark" ] && [ -n "$(ls -A "$folder")" ]; then
+    refuse "$folder is there and was not made by this script; name a new folder"
+fi
+
 python="${PY:-}"
 if [ -z "$python" ]; then
     python=python3
@@ -55,6 +61,7 @@ machine="$(uname -m)"
     --platform "manylinux_2_28_$machine" --platform any "${packages[@]}" ||
     { printf 'gpu_site: pip could not get %s for Python %s\n' "${packages[*]}" "$version" >&2; exit 1; }
 chmod 755 "$fresh"
+touch "$fresh/$mark"
 rm -rf "$folder"
 mv "$fresh" "$folder"
 trap - EXIT

@@ -500,6 +500,21 @@ def test_the_gpu_site_asks_pip_for_the_other_python(copy: Copy) -> None:
     assert list(copy.root.glob("gpu_site.*")) == []
 
 
+def test_the_gpu_site_replaces_its_own_folder_only(copy: Copy) -> None:
+    """Catches a folder of the user's that is removed to make place for packages."""
+    own, made = copy.elsewhere / "own", copy.elsewhere / "made"
+    own.mkdir()
+    (own / "thesis.txt").touch()
+    variables = {"PY": str(copy.stand_in)}
+    refused = copy.run("scripts/gpu_site.sh", "--folder", str(own), **variables)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"gpu_site: {own} is there and was not made by this script" in refused.stderr
+    assert (own / "thesis.txt").exists() and copy.calls("-m pip install") == []
+    for _ in range(2):
+        done = copy.run("scripts/gpu_site.sh", "--folder", str(made), **variables)
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("arguments", [["--python", "three"], ["--python"], ["--pyton", "3.12"]])
 def test_the_gpu_site_refuses_what_it_cannot_read(copy: Copy, arguments: list[str]) -> None:
     found = copy.run("scripts/gpu_site.sh", *arguments, PY=str(copy.stand_in))
