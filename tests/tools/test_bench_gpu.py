@@ -355,6 +355,19 @@ def test_a_benchmark_without_results_has_failed(
     assert main_module.main([*folder[:-1]]) == 0
 
 
+def test_a_part_that_ends_in_the_middle_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a process that some library ends with 0, and whose other rows pass for all."""
+    lines = [{"status": "ok", "what": "a"}, {"status": "begun", "what": "b"}]
+    (tmp_path / "text").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    program = f"cp '{tmp_path / 'text'}' '{tmp_path / 'rows_layers.jsonl'}'"
+    monkeypatch.setattr(runner, "part_command", lambda *_: ["sh", "-c", program])
+    found = run_part(PART["layers"], given_of(tmp_path), 60.0)
+    assert [(row["what"], row["status"]) for row in found] == [("a", "ok"), ("b", "failed")]
+    assert found[1]["why"] == "ended without a result"
+
+
 def test_a_part_that_says_nothing_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,8 +130,8 @@ def run_part(part: Part, given: Given, seconds: float) -> list[Row]:
         rows.append(_ended(part, underway, f"ended after {seconds + GRACE_SECONDS:.0f} s"))
     elif code != 0:
         rows.append(_ended(part, underway, f"exit code {code}: {last_line(log)}"))
-    elif not rows:
-        rows.append(_ended(part, underway, "ended without a row"))
+    elif underway or not rows:
+        rows.append(_ended(part, underway, f"ended without a {'result' if underway else 'row'}"))
     return rows
 
 
