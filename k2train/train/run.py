@@ -37,6 +37,7 @@ from k2train.train.memory_check import check_memory
 from k2train.train.monitor import RunMonitor
 from k2train.train.precision import decide_precision
 from k2train.train.preflight import Start
+from k2train.train.setup_kernels import other_kernels
 from k2train.train.shutdown import OpenRun
 from k2train.train.start_record import (
     log_finished,
@@ -147,6 +148,8 @@ def build(
     monitor.attach(engine)
     log_start(logger, start, engine, chosen)
     logger.info(contact)
+    if told := other_kernels(grid, engine.kernels):
+        logger.info(told)
 
     checkpoints = CheckpointManager(start, engine, monitor, logger, lock)
     run.writer = checkpoints.writer
