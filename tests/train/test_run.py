@@ -43,3 +43,35 @@ def test_the_thread_that_computes_has_the_ranks_device(
     with pytest.raises(_MetError):
         run.train(Launch(1, 2, 1, launched=True), start, StopRequest(), None)
     assert found == [(torch.device("cuda", 1), threading.main_thread())]
+
+
+def test_other_kernels_of_a_rank_are_in_the_first_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a comparison of the ranks' kernels that nobody makes."""
+    lines: list[str] = []
+    logger = SimpleNamespace(attempt=1, info=lines.append)
+    grid = SimpleNamespace(device=torch.device("cpu"))
+    start: Any = SimpleNamespace(candidates=(), parent=None, setup=SimpleNamespace(programs=()))
+    calls: dict[str, Any] = {
+        "decide_precision": start,
+        "choose_checkpoint": SimpleNamespace(path=None, step=0),
+        "open_run_logger": logger,
+        "make_contact": "met",
+        "Engine": SimpleNamespace(kernels="kernels"),
+        "other_kernels": "rank 1 has others",
+        "log_starting": None,
+        "log_start": None,
+    }
+    for name, result in calls.items():
+        monkeypatch.setattr(run, name, lambda *_, result=result, **__: result)
+
+    def stop(*arguments: Any) -> None:
+        raise _MetError
+
+    monkeypatch.setattr(run, "CheckpointManager", stop)
+    nothing = lambda *_: None  # noqa: E731
+    monitor = SimpleNamespace(previous_end=None, begin=nothing, phase=nothing, attach=nothing)
+    monitor.watchdog = SimpleNamespace(progress=nothing)
+    opened: Any = SimpleNamespace(grid=grid, monitor=monitor)
+    with pytest.raises(_MetError):
+        run.build(start, opened)
+    assert lines == ["met", "rank 1 has others"]
