@@ -477,6 +477,7 @@ def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
         {**device, "what": "large", "flops_per_second": 100.0},
         layers_row("4 layers: auto", "2048 x 4", 84.0, 102),
         layers_row("4 layers: without attention", "2048 x 4", 90.0, 104),
+        layers_row("4 layers: recompute: full", "2048 x 4", 60.0, 96),
         {**bad, "batch": "2048 x 4"},
     ]
 
@@ -486,6 +487,7 @@ def test_aims_are_judged_by_the_rate_of_the_same_call() -> None:
         f"K2's layers, 4 layers: without attention{share}": (0.9, "met"),
         "K2's layers, 4 layers: auto: peak / plan": (1.02, "met"),
         "K2's layers, 4 layers: without attention: peak / plan": (1.04, "missed"),
+        "K2's layers, 4 layers: recompute: full: peak / plan": (0.96, "missed"),
     }
     text = report.markdown(rows, False, 1.0)
     assert "| layers | bad | out of memory | full |" in text

@@ -323,6 +323,11 @@ def test_distances_are_those_of_the_farthest_value() -> None:
     broken = Trace((2.0, 1.0), (3.0, 4.0), "r", {"w": torch.tensor([1.0, torch.nan])}, "k")
     with pytest.raises(DifferentError):
         numerics.hold_within(numerics.distance(broken, TRACE), 1e9, 1e9)
+    # Beside a tensor that is right, and in any order of the two.
+    with pytest.raises(DifferentError, match="in w"):
+        right = {"v": torch.ones(1), "w": TRACE.gradients["w"], "x": torch.ones(1)}
+        nan = numerics.farthest(right | {"w": broken.gradients["w"]}, right)
+        numerics.hold_within(numerics.Distance(0.0, *nan), 1e9, 1e9)
     lost = Trace((float("nan"), 1.0), (3.0, 4.0), "r", {"w": TRACE.gradients["w"]}, "k")
     with pytest.raises(DifferentError):
         numerics.hold_within(numerics.distance(lost, TRACE), 1e9, 1e9)
