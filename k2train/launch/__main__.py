@@ -202,7 +202,7 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
     with TemporaryDirectory(prefix="k2train-launch-") as name, supervisor.watching(Path(name)):
         request_statuses(Path(name))
         with looking_before_others_end(supervisor.ends):
-            ended = _run(options)
+            ended = _run(options, Path(name))
 
         # Whatever became of the others: a mistake stays one, and so does a second Ctrl-C.
         first = first_end(supervisor.ends().values())
@@ -224,10 +224,16 @@ def _start(options: argparse.Namespace, supervisor: Supervisor) -> int:
         return exit_code_of(own) if failures else EXIT_DONE
 
 
-def _run(options: argparse.Namespace) -> dict[int, int] | Exception:
-    """Run torchrun to its end: the exit codes of its failed processes, or its own error."""
+def _run(options: argparse.Namespace, folder: Path) -> dict[int, int] | Exception:
+    """Run torchrun to its end: the exit codes of its failed processes, or its own error.
+
+    `folder` is that of this start, which does not stay.
+    """
     # A copy, since torchrun adds the address of this start to the options.
     given = argparse.Namespace(**vars(options))
+    if given.log_dir is None and (given.redirects, given.tee) == ("0", "0"):
+        # Else torchrun makes a folder in the temporary one at every start, and leaves it there.
+        given.log_dir = str(folder / "torchrun")
     read_states_only()
     try:
         if is_alone(given):

@@ -646,6 +646,25 @@ def test_a_temporary_folder_that_is_cleaned_costs_no_save(tmp_path: Path) -> Non
     assert "before any process had started" not in text and gone(both)
 
 
+@pytest.mark.parametrize("code", (0, 1))
+def test_a_start_leaves_nothing_in_the_temporary_folder(tmp_path: Path, code: int) -> None:
+    """Catches folders of torchrun's that pile up with every start; logs that a user asked for
+    without saying where stay.
+    """
+    (temporary := tmp_path / "tmp").mkdir()
+    program = worker(tmp_path, f"sys.exit({code})")
+    process = launch(program, tmp_path, TMPDIR=str(temporary))
+    text, _ = process.communicate(timeout=HANG_SECONDS)
+    assert process.returncode == code, text
+    assert list(temporary.iterdir()) == []
+
+    if not code:
+        asked = launch("--redirects", "3", program, tmp_path, TMPDIR=str(temporary))
+        text, _ = asked.communicate(timeout=HANG_SECONDS)
+        assert asked.returncode == 0, text
+        assert len(list(temporary.rglob("stdout.log"))) == 2
+
+
 def test_a_record_that_is_half_written_is_not_believed(tmp_path: Path) -> None:
     """Catches an exit code made of two records: the launcher reads while a process writes."""
     with StatusBoard(tmp_path) as board:
