@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 from command_line import Parser, command
 
@@ -124,7 +125,14 @@ def _minutes(text: str) -> float:
     return value
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """End as with Ctrl-C, so that the started processes end, too. With a text, exit code 1."""
+    sys.exit(f"gpu_check: ended by {signal.Signals(number).name}")
+
+
 if __name__ == "__main__":
-    # As with Ctrl-C, so that the started processes are ended too. With a text, exit code 1.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu_check: ended by SIGTERM"))
+    signal.signal(signal.SIGTERM, _end)
+    # The end of a terminal, unless nohup said to go on without it.
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _end)
     sys.exit(main())

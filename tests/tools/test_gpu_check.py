@@ -5,6 +5,8 @@ The dry run goes through all parts as on a GPU, on the CPU with tiny sizes.
 
 import io
 import json
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.command_line import load_tool
+from tests.support.command_line import HANG_SECONDS, load_tool, soon
 
 tool = load_tool("gpu_check")
 
@@ -48,6 +50,7 @@ from gpu_checks.page import page  # noqa: E402
 from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
 from k2train.errors import EXIT_INTERRUPTED, RunError  # noqa: E402
 from k2train.model.kernels import select  # noqa: E402
+from k2train.processes import descendants, live_processes  # noqa: E402
 from k2train.record.events import Starting  # noqa: E402
 from k2train.record.ledger import Ledger  # noqa: E402
 
@@ -243,6 +246,24 @@ def test_a_check_that_is_ended_early_keeps_what_it_found(
     assert verdicts == {**dict.fromkeys(CATALOGUE, "not run"), "environment": "held"}
     assert f"1 of {len(PARTS)} parts ran and held" in (tmp_path / "page.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"work", "cache", "result.json", "page.md"}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_check_and_its_parts(name: str, tmp_path: Path) -> None:
+    """Catches a part that goes on on the device after the check, also at the end of a terminal."""
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--dry-run"]
+    command += ["--only", "recompute", "--folder", str(tmp_path)]
+    check = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    rows, parts = tmp_path / "rows_recompute.jsonl", list[int]()
+    try:
+        assert soon(lambda: rows.exists() and "begun" in rows.read_text()), check.poll()
+        parts = descendants([check.pid])
+        check.send_signal(signal.Signals[name])
+        _, error = check.communicate(timeout=HANG_SECONDS)
+    finally:
+        check.kill()
+    assert check.returncode == 1 and error.splitlines()[-1] == f"gpu_check: ended by {name}"
+    assert parts and soon(lambda: not {*parts} & {*live_processes()})
 
 
 def test_a_folder_that_cannot_be_is_one_line(
