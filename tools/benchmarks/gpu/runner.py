@@ -168,7 +168,7 @@ def limit_seconds(parts: Sequence[Part], left_seconds: float) -> float:
 def run_parts(
     given: Given,
     log: Callable[[str], None] | None = None,
-    keep: Callable[[Sequence[Row]], None] | None = None,
+    keep: Callable[[Sequence[Row]], object] | None = None,
 ) -> list[Row]:
     """Run all parts one after another; where there is no device, the first only.
 
