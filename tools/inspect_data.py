@@ -1,13 +1,12 @@
 """Data inspection: what a model was trained on, when, and where it came from.
 
-    python tools/inspect_data.py DATA                               the token account against the
-    recipe python tools/inspect_data.py DATA --chunk 7 [--row 12 | --rows 12-20]
+    python tools/inspect_data.py DATA                          token account against the recipe
+    python tools/inspect_data.py DATA --chunk 7 [--row 12 | --rows 12-20]
     python tools/inspect_data.py DATA --document NAME [--subset X] [--source S]
-    python tools/inspect_data.py --run RUN                          the chunks in the order of the
-    run python tools/inspect_data.py --run RUN --step S [--row R | --sample I]
-    python tools/inspect_data.py --run RUN --checkpoint 3           what a checkpoint has consumed
-    python tools/inspect_data.py --run RUN --chunk ... or --document ...     the same, with the
-    steps
+    python tools/inspect_data.py --run RUN                     chunks in the order of the run
+    python tools/inspect_data.py --run RUN --step S [--row R | --sample I]
+    python tools/inspect_data.py --run RUN --checkpoint 3      what a checkpoint has consumed
+    python tools/inspect_data.py --run RUN --chunk ... or --document ...     with the steps
 
 - DATA is a manifest or its folder. With --run it is needed only if the data has moved.
 - A run's order comes from its ledger and checkpoints. Data that is not what they name is refused:

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.configs import config_tree
 from benchmarks.gpu.bench import Bench, OutOfTimeError
-from benchmarks.gpu.processes import ROOT, TOOLS, command_of, end_tree, last_line
+from benchmarks.gpu.processes import command_of, last_line, run_to_end
 from benchmarks.gpu.runner import SCRATCH
 from benchmarks.random_data import random_folder
 from gpu_checks.numerics import DifferentError
@@ -105,8 +104,7 @@ class Runs:
 
     def tool(self, name: str, *arguments: str) -> None:
         """Run one of the tools, which must end with 0."""
-        command = command_of("x", [])
-        self._run([*command[:-2], str(TOOLS / f"{name}.py"), *arguments], EXIT_DONE)
+        self._run(command_of(name, arguments), EXIT_DONE)
 
     def losses(self, name: str) -> list[float]:
         """Loss of every step of a run."""
@@ -121,20 +119,8 @@ class Runs:
 
         self._starts += 1
         log = self.folder / f"log_{self._starts}.txt"
-        with log.open("wb") as stream:
-            # In a group of its own, so that its ranks and compilers end with it.
-            process = subprocess.Popen(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                process_group=0,
-            )
-            try:
-                code = process.wait(timeout=left)
-            except subprocess.TimeoutExpired:
-                raise OutOfTimeError(f"{' '.join(command[-3:])} took over {left:.0f} s") from None
-            finally:
-                end_tree(process)
+        code = run_to_end(command, log, left)
+        if code is None:
+            raise OutOfTimeError(f"{' '.join(command[-3:])} took over {left:.0f} s")
         if code != wanted:
             raise DifferentError(f"exit code {code} instead of {wanted}: {last_line(log)}")
