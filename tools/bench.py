@@ -1,8 +1,8 @@
 """Speed benchmark: k2train beside its peers on the same work, as ratios within one run.
 
-    python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE] [--against
-    BASE.json] python tools/bench.py gpu ...                      (its own options: tools/bench.py
-    gpu --help)
+    python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE]
+                              [--against BASE.json]
+    python tools/bench.py gpu [--help]                (has its own options)
 
 - Every contender is a set of processes, started once, that take steps on command and in turns. So
   other load on the machine slows all of them alike.

@@ -1,9 +1,8 @@
 """Training step profile: time per kind of operation (products, attention, loss, ...) as Markdown.
 
-    python tools/bench_profile.py                         the standard CPU work and a small one, one
-    process python tools/bench_profile.py --processes 2           the same in two processes: tensor
-    and sequence parallelism python tools/bench_profile.py --hidden 512 --length 512 --precision
-    bf16
+    python tools/bench_profile.py                    the standard CPU work and a small one
+    python tools/bench_profile.py --processes 2      the same with tensor and sequence parallelism
+    python tools/bench_profile.py --hidden 512 --length 512 --precision bf16
 
 - The profiler itself costs time, most where operations are small. So the table also shows a step
   without it; the share called rest includes the profiler's own cost.

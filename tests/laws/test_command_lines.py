@@ -6,6 +6,7 @@ that ends with a traceback when it is piped into `head`.
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -52,6 +53,15 @@ def test_an_unknown_option_is_one_line(name: str, capsys: pytest.CaptureFixture[
     error = one_line(name, ["--no-such-option"], capsys)
     assert "no-such-option" in error or "required" in error
     assert error.endswith("; see --help\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_usage_has_a_line_of_its_own(name: str) -> None:
+    """Catches a docstring whose commands were wrapped like a paragraph: nobody can copy them."""
+    module = sys.modules[main_of(name).__module__]
+    for line in (module.__doc__ or "").splitlines():
+        if line.startswith("    ") and (call := re.search(r"\bpython (tools/|-m k2train)", line)):
+            assert call.start() == 4, line
 
 
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - NEED_NOTHING))
