@@ -44,7 +44,7 @@ POINTS = (
     "step.read", "step.forward", "step.reduce", "step.update", "step.done", "evaluate",
     "save.snapshot", "save.begin", "save.room", "save.model", "save.optimizer", "save.hashed",
     "save.manifest", "save.synced", "save.renamed", "save.committed",
-    "retire.expire", "retire.marked", "retire.done",
+    "retire.expire", "retire.marked", "retire.done", "rollback.kept", "rollback.written",
     "ledger.append", "end",
 )  # fmt: skip
 """Points that call `point`, in the order in which a run reaches them."""

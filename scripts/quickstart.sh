@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained model: set up, prepare real text, train both stages on 4 processes, show the result.
+# From a fresh clone to a trained model: set up, prepare real text, train both stages on 4 processes, show the result,
+# and what the model says.
 #
 #     bash scripts/quickstart.sh [dotted.key=value ...]      arguments go to both trainings
 #
@@ -73,12 +74,19 @@ train() {
         -m k2train.train "$@" parallel.tensor=2 parallel.pipeline=2
 }
 
+say() {
+    exec "$python" tools/generate.py "$1" --prompt "def read(self, " --prompt "Return the " \
+        --temperature 0.7 --top-p 0.9 --max-tokens 48
+}
+
 part "set up" bash scripts/setup.sh data
 part "prepare the text of stage 1" "$python" tools/prepare_data.py configs/demo/data_stage1.yaml
 part "prepare the text of stage 2" "$python" tools/prepare_data.py configs/demo/data_stage2.yaml
 part "train stage 1" train configs/demo/stage1.yaml "$@"
 part "train stage 2" train configs/demo/stage2.yaml "$@"
 part "show the result" "$python" tools/show_run.py runs/demo-stage1 runs/demo-stage2
+part "what the model says before training" say runs/demo-stage1/checkpoints/ckpt_000
+part "what it says after training" say runs/demo-stage2
 
 printf '\n== done\n'
 printf '%s\n' "${parts[@]}"
@@ -94,6 +102,8 @@ source .venv/bin/activate
 python tools/inspect_data.py --run runs/demo-stage1 --step 5
 # check every file of a run: ledger, metrics, checkpoints
 python tools/verify_run.py runs/demo-stage2
+# what the model says to a text of yours
+python tools/generate.py runs/demo-stage2 --prompt "import " --temperature 0.7 --top-p 0.9
 # train on one process and stop after 5 steps; the same command resumes
 python -m k2train.train configs/demo/stage1.yaml run.name=alone run.stop_after_steps=5$quoted
 # compare that run with the one on 4 processes

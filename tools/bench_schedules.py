@@ -14,19 +14,16 @@ Exit codes: 0 done; 1 a process failed; 2 a usage error, one line each on stderr
 """
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from command_line import Parser, command, positive
 
-from benchmarks.gpu.processes import command_of
+from benchmarks.ranks import CONFIG, run_ranks
 from k2train.config.load import Config, load_config
 from k2train.errors import EXIT_DONE, EXIT_FAILED, ConfigError, RunError
 from k2train.plan.action import Action, Op
@@ -41,8 +38,6 @@ HEADINGS = (
     "schedule", "layers per stage", "planned bubble", "with measured durations", "measured",
     "tokens/s", "speed against the first", "activations held", "of these before I",
 )  # fmt: skip
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "demo" / "stage1.yaml"
 WORK = (
     "model.num_layers=8",
     "model.hidden_size=256",
@@ -100,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
         except OSError as problem:
             raise RunError(f"--svg {options.svg} cannot be made: {problem.strerror}") from None
 
-    ranks = _run(runs, options)
+    ranks = run_ranks(runs, options.processes, options.steps, options.warmup, options.threads)
     if ranks is None:
         return EXIT_FAILED
 
@@ -180,44 +175,6 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
     if not options.even:
         keys.append(f"parallel.layers_per_stage=[{','.join(map(str, split))}]")
     return [*WORK, *options.overrides, *keys]
-
-
-def _run(runs: list[list[str]], options: argparse.Namespace) -> list[Any] | None:
-    """Measurements of each rank in rank order; None after printing what failed."""
-    with TemporaryDirectory(prefix="bench-schedules-") as name:
-        folder = Path(name)
-        task = {
-            "config": str(CONFIG),
-            "runs": runs,
-            "world": options.processes,
-            "store": str(folder / "store"),
-        }
-        task |= {"steps": options.steps, "warmup": options.warmup, "threads": options.threads}
-
-        (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
-        processes = [
-            subprocess.Popen(
-                command_of("benchmarks.schedules", [str(folder / "task.json"), str(rank)])
-            )
-            for rank in range(options.processes)
-        ]
-
-        try:
-            codes = [process.wait() for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-        for rank, code in enumerate(codes):
-            if code:
-                print(f"process {rank} ended with exit code {code}", file=sys.stderr)
-                return None
-
-        return [
-            json.loads((folder / f"rank_{rank}.json").read_text())
-            for rank in range(options.processes)
-        ]
 
 
 def _outcome(

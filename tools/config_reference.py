@@ -54,6 +54,8 @@ RECIPES: dict[str, type[BaseModel]] = {
 UNITS = {
     "clip_norm": "gradient norm",
     "decay_steps": "optimizer steps",
+    "exact_leaf": "sequences",
+    "exact_unit": "sequences",
     "ffn_hidden_size": "elements",
     "held_out_rows": "rows of each set",
     "hidden_size": "elements",
@@ -133,7 +135,7 @@ RECIPE_MEANINGS = {
         "executor": "who does the work, see below",
     },
     "recipe tokenizer": {
-        "model": "sentencepiece model file",
+        "model": "sentencepiece model file, or a `tokenizer.json` of a byte-level BPE",
         "train": (
             "how to train it if the file does not exist, see below; left out: the file must exist"
         ),
@@ -141,7 +143,10 @@ RECIPE_MEANINGS = {
             "the space that LLaMA's model puts in front of a text: left out of documents, or kept "
             "as Hugging Face's LlamaTokenizer does; other models have none"
         ),
-        "specials": "special tokens; their ids follow the pieces, and text never turns into them",
+        "specials": (
+            "special tokens; their ids follow the pieces, and text never turns into them; none by "
+            "default after a `tokenizer.json`"
+        ),
     },
     "recipe tokenizer.train": {
         "vocab_size": "pieces; the special tokens come on top",

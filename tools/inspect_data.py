@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import Parser, command
+from recorded_run import open_run
 
-from k2train.checkpoint.manifest import list_checkpoints
-from k2train.checkpoint.manifest import read_manifest as read_checkpoint
 from k2train.data.document_keys import chunks_of_document
 from k2train.data.inspect.account import Facts, account_facts, add_text, find_tokenizer
 from k2train.data.inspect.fed_steps import fingerprint_of_rows
@@ -39,13 +38,12 @@ from k2train.data.inspect.provenance import (
     find_document,
     pieces_of,
 )
-from k2train.data.inspect.run_progress import TO_COME, RecordedCheckpoint
+from k2train.data.inspect.run_progress import TO_COME
 from k2train.data.inspect.run_usage import METRICS, Run
 from k2train.data.inspect.text import View, render
-from k2train.data.manifest import ChunkInfo, Manifest, read_manifest, short_list
+from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.source_record import read_sources
-from k2train.errors import EXIT_DONE, CheckpointError, DataError, RunError
-from k2train.record.ledger import read_ledger
+from k2train.errors import EXIT_DONE, DataError, RunError
 from k2train.record.metrics import records_of_step
 
 
@@ -171,7 +169,7 @@ def _rows(text: str) -> range:
 
 def answer(options: argparse.Namespace) -> Facts:
     """Answer the one query of the options as facts. Raises UserError."""
-    run = open_run(options) if options.run else None
+    run = open_run(options.run, options.checkpoint, options.data) if options.run else None
     manifest = run.manifest if run else read_manifest(options.data)
 
     if options.document is not None:
@@ -190,58 +188,6 @@ def answer(options: argparse.Namespace) -> Facts:
     if options.step is not None:
         return step_answer(run, options)
     return run.facts() if run.checkpoint is None else run.checkpoint_facts()
-
-
-# The run
-
-
-def open_run(options: argparse.Namespace) -> Run:
-    """Open the run of the options from its ledger and a checkpoint.
-
-    Raises RunError, CheckpointError or DataError.
-    """
-    directory = options.run
-    if not directory.is_dir():
-        raise RunError(
-            f"{directory} is not a directory; give that of a run, such as runs/demo-stage1"
-        )
-    entries = read_ledger(directory / "ledger.jsonl")
-    asked = _checkpoint(directory, options.checkpoint) if options.checkpoint is not None else None
-    return Run(directory, entries, asked or _newest_checkpoint(directory), asked, options.data)
-
-
-def _newest_checkpoint(directory: Path) -> RecordedCheckpoint | None:
-    for path in reversed(list_checkpoints(directory / "checkpoints")):
-        try:
-            return _recorded(path)
-        except CheckpointError:
-            # All checkpoints have the same order up to deferrals, which the ledger has too.
-            continue
-    return None
-
-
-def _checkpoint(directory: Path, wanted: str) -> RecordedCheckpoint:
-    folder = directory / "checkpoints"
-    paths = {path.name: path for path in list_checkpoints(folder)}
-    name = f"ckpt_{int(wanted):03d}" if wanted.isascii() and wanted.isdigit() else wanted
-    if name not in paths:
-        raise CheckpointError(
-            f"{folder} has no {name}: it has {short_list(paths) if paths else 'none'}"
-        )
-    return _recorded(paths[name])
-
-
-def _recorded(path: Path) -> RecordedCheckpoint:
-    manifest = read_checkpoint(path)
-    return RecordedCheckpoint(
-        manifest.name,
-        manifest.step,
-        manifest.consumed_tokens,
-        manifest.config,
-        manifest.data.manifest_sha256,
-        [(chunk.name, chunk.sha256) for chunk in manifest.chunks.order],
-        manifest.data.content_sha256,
-    )
 
 
 # The queries

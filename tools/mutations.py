@@ -477,14 +477,14 @@ MUTATIONS = (
     ),
     Mutation(
         "config: betas are checked, and not used",
-        "k2train/train/engine.py",
+        "k2train/train/engine_parts.py",
         "Hyperparameters(o.betas, o.eps, o.weight_decay)",
         "Hyperparameters((0.9, 0.95), o.eps, o.weight_decay)",
         f"{WHOLE_RUN}[1]",
     ),
     Mutation(
         "config: weight decay is checked, and not used",
-        "k2train/train/engine.py",
+        "k2train/train/engine_parts.py",
         "Hyperparameters(o.betas, o.eps, o.weight_decay)",
         "Hyperparameters(o.betas, o.eps, 0.1)",
         f"{WHOLE_RUN}[1]",

@@ -67,8 +67,8 @@ def svg(curves: Sequence[Curve]) -> str:
     """All curves in one picture, side by side on the axis of tokens."""
     points = [point for curve in curves for point in (*curve.training, *curve.held_out)]
     losses = [loss for _, loss in points]
-    x_ticks = _ticks(0.0, max(tokens for tokens, _ in points))
-    y_ticks = _ticks(min(losses), max(losses))
+    x_ticks = ticks(0.0, max(tokens for tokens, _ in points))
+    y_ticks = ticks(min(losses), max(losses))
     low, high = min(y_ticks[0], *losses), max(y_ticks[-1], *losses)
     last = max(x_ticks[-1], max(tokens for tokens, _ in points))
 
@@ -119,7 +119,7 @@ def _finite(points: Sequence[Point]) -> list[Point]:
     return [(tokens, loss) for tokens, loss in points if math.isfinite(loss)]
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Round numbers around `low` to `high`, about `TICKS` of them."""
     step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / TICKS))
     step = next(

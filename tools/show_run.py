@@ -1,6 +1,7 @@
 """Run overview: a table of a run's numbered checkpoints, and the location of its files.
 
     python tools/show_run.py RUN_DIRECTORY [RUN_DIRECTORY ...]
+    python tools/show_run.py RUN_DIRECTORY --exposure            tokens and loss by chunk and subset
 
 - Reads the ledger (its hash chain is verified), the metrics and the checkpoints' manifests. Writes
   nothing and needs no torch, so it works on a login node while the run continues.
@@ -24,6 +25,7 @@ from typing import Any
 from command_line import Parser, command
 
 from k2train.errors import EXIT_DONE, RunError
+from k2train.record.changes import change_lines
 from k2train.record.events import (
     CheckpointRemoved,
     CheckpointSaved,
@@ -35,8 +37,10 @@ from k2train.record.events import (
     Stopped,
     of_kind,
 )
+from k2train.record.exposure import exposure_lines, kept_records
 from k2train.record.ledger import read_ledger, run_notes
 from k2train.record.metrics import StepRecord, latest
+from k2train.record.rollback_events import RolledBack, SpikeCheckpoint, StepRechecked
 from k2train.text import counted, table
 
 HEADINGS = (
@@ -95,7 +99,18 @@ def lines_of_run(directory: Path) -> list[str]:
     lines += (
         table(HEADINGS, cells, LEFT_ALIGNED, drop_unknown=False) if rows else ["no checkpoint yet"]
     )
+    spikes = spike_lines(entries)
+    lines += ["", "spikes", *(f"  {line}" for line in spikes)] if spikes else []
+    changes = change_lines(entries)
+    lines += ["", "changes by hand", *(f"  {line}" for line in changes)] if changes else []
     return [*lines, "", "files", *_files(directory, entries)]
+
+
+def exposure_of_run(directory: Path) -> list[str]:
+    """Lines about what one run has read. Raises RunError as `checkpoint_rows` does."""
+    _entries(directory)
+    records = kept_records(directory / "metrics.jsonl")
+    return [f"{directory.name}: what it was trained on", "", *exposure_lines(records)]
 
 
 @command
@@ -108,10 +123,39 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "runs", nargs="+", metavar="RUN_DIRECTORY", help="for example runs/demo-stage1"
     )
+    parser.add_argument(
+        "--exposure", action="store_true", help="tokens and loss of each chunk and subset"
+    )
+    options = parser.parse_args(arguments)
+    lines = exposure_of_run if options.exposure else lines_of_run
     # Read everything before printing, so an error is one line and not half a table.
-    shown = ["\n".join(lines_of_run(Path(run))) for run in parser.parse_args(arguments).runs]
+    shown = ["\n".join(lines(Path(run))) for run in options.runs]
     print("\n\n".join(shown))
     return EXIT_DONE
+
+
+def spike_lines(entries: Iterable[Entry]) -> list[str]:
+    """Say what the run did about spikes: steps done again, and returns to earlier checkpoints."""
+    lines = []
+    for event in (entry.event for entry in entries):
+        if isinstance(event, RolledBack):
+            moved = (
+                f"; deferred {', '.join(event.chunks)}" if event.chunks else "; nothing deferred"
+            )
+            kept = f"; branch in {event.branch}" if event.branch else ""
+            lines.append(
+                f"{event.number}: {event.verdict} since step {event.onset}, back from step "
+                f"{event.from_step} to {event.checkpoint}{moved}{kept}"
+            )
+        elif isinstance(event, SpikeCheckpoint) and event.kind == "twin":
+            lines.append(f"{event.number}: the good run at step {event.step} in {event.checkpoint}")
+        elif isinstance(event, StepRechecked) and not event.same:
+            ranks = ", ".join(map(str, event.ranks))
+            lines.append(
+                f"step {event.step} was computed again with another result (rank {ranks}): "
+                "hardware or nondeterminism"
+            )
+    return lines
 
 
 def _entries(directory: Path) -> list[Entry]:

@@ -46,6 +46,7 @@ from k2train.record.jsonl import read_lines
 from k2train.record.ledger import checked_entries, read_chain, run_notes
 from k2train.record.ledger_head import head_problems
 from k2train.record.metrics import RootRecord, StepRecord, checked_records, damaged_rows
+from k2train.record.rollback_events import RolledBack, SpikeCheckpoint
 from k2train.record.step_gaps import score_problems, step_problems, whole_records
 from k2train.train.ledger_check import all_checkpoints, ledger_heads
 
@@ -114,13 +115,18 @@ def check_config(directory: Path, entries: Sequence[tuple[int, Entry]]) -> Itera
 
 
 def check_tokens(path: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
-    """Check that every start had a higher fencing token than the previous one."""
+    """Check that every start had a higher fencing token than the previous one.
+
+    A run that goes back starts again in its process, under the token that it has.
+    """
     before, line_before = 0, 0
+    returns = [line for line, event in _events(entries) if isinstance(event, RolledBack)]
     for line, event in starts_of(entries):
         token = event.fencing_token
         if not token:
             continue
-        if token <= before:
+        went_back = any(line_before < at < line for at in returns)
+        if token < before or (token == before and not went_back):
             yield Problem(
                 f"{path}: line {line} has fencing token {token}, line {line_before} had {before} "
                 "before it"
@@ -225,6 +231,21 @@ def _against_ledger(
         )
 
 
+def check_kept(directory: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
+    """Verify the checkpoints kept beside spikes, and compare them with the ledger."""
+    for line, event in _events(entries):
+        if not isinstance(event, SpikeCheckpoint):
+            continue
+        path = directory / event.checkpoint
+        try:
+            verify_checkpoint(path)
+        except CheckpointError as error:
+            yield Problem(str(error))
+            continue
+        if sha256_file(path / MANIFEST) != event.manifest_sha256:
+            yield Problem(f"{path}: is not the one that {directory / LEDGER}, line {line} records")
+
+
 def check_steps(directory: Path, entries: Sequence[tuple[int, Entry]]) -> Iterator[Problem]:
     """Check that every step up to the newest checkpoint is on record."""
     saved = [event.step for _, event in _events(entries) if isinstance(event, CheckpointSaved)]
@@ -320,6 +341,7 @@ def problems_of(directory: Path, data: str | None) -> Iterator[Problem]:
         yield from check_tokens(ledger, entries)
         yield from check_steps(directory, entries)
     yield from check_checkpoints(directory, entries, trusted=not problems)
+    yield from check_kept(directory, entries if not problems else ())
     if data is not None:
         yield from check_data(directory, data, entries)
 

@@ -97,6 +97,8 @@ class CheckpointWriter:
         """Checkpoint whose weights nobody has read yet."""
         self.newest: str | None = None
         """Newest whole checkpoint of this run, with its step; rank 0 knows those that it saved."""
+        self.keeps_all = False
+        """Whether no checkpoint is thinned or removed for now."""
         self._thread: Thread | None = None
         self._error: BaseException | None = None
 
@@ -337,4 +339,5 @@ class CheckpointWriter:
             job.final.rename(job.temporary)
 
     def _retire(self) -> None:
-        self._retention.retire()
+        if not self.keeps_all:
+            self._retention.retire()

@@ -14,7 +14,7 @@ Alternatives considered:
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from k2train.config.messages import nearest, problems_of, unknown
 from k2train.config.nearest import Values
@@ -97,7 +97,13 @@ def _readable_values(tree: Mapping[str, Any], broken: set[Path]) -> Values:
                     if f"{section}.{inner}" in values
                 }
                 values[key] = info.get_default(call_default_factory=True, validated_data=validated)
-    return values
+    # A section inside a section: rules name its keys, too.
+    return flatten(
+        {
+            key: value.model_dump() if isinstance(value, BaseModel) else value
+            for key, value in values.items()
+        }
+    )
 
 
 def _nearest_key(path: Path) -> str | None:

@@ -10,6 +10,7 @@ Alternatives considered:
 
 from collections.abc import Callable
 
+from k2train.config.exact_rules import EXACT_RULES
 from k2train.config.nearest import (
     Values,
     fits_tensor,
@@ -100,6 +101,17 @@ def _head_size(values: Values) -> str | None:
             ),
             when_none="",
         )
+    )
+
+
+@_rule("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
+def _rope_scaling(values: Values) -> str | None:
+    low, high = (values[f"model.rope_scaling.{name}_freq_factor"] for name in ("low", "high"))
+    if low < high:
+        return None
+    return (
+        f"model.rope_scaling.high_freq_factor ({high:g}) must be above "
+        f"model.rope_scaling.low_freq_factor ({low:g}): raise it; Llama 3 has 4 and 1"
     )
 
 
@@ -352,3 +364,7 @@ def _deterministic(values: Values) -> str | None:
         "and torch cannot ask cuDNN for another; set kernels.attention: auto, or "
         "kernels.deterministic: false, and no run will repeat to the bit"
     )
+
+
+for _keys, _check in EXACT_RULES:
+    _rule(*_keys)(_check)

@@ -21,6 +21,8 @@ from k2train.config.values import (
     Beta,
     Chunk,
     Count,
+    Expected,
+    Factor,
     Flag,
     Interval,
     Kept,
@@ -50,8 +52,13 @@ class RunConfig(Section):
       make it another run (`lr.peak`, `data`). `space`, `probe` and `faults` permit a start on a
       disk that is too small, with a forward check that differs, and with faults on purpose.
       `unfinished_parent` and `model.rope_theta` permit a stage that starts from an unfinished run,
-      and with another base of the positions.
+      and with another base of the positions; `tokenizer` a start from an imported model that has
+      no tokenizer to compare.
+    - `init_from` is a run, a checkpoint, or `hf:` and a Hugging Face folder.
     - A run is refused after `max_fruitless_starts` starts in a row that failed alike (0: never).
+    - `why` is the reason for what this start changes, `expect` what is to come of it; the ledger
+      keeps both, and the run measures.
+    - `exact`: sums do not depend on micro-batch, data-parallel and pipeline degree, to the bit.
     """
 
     name: RunName
@@ -62,6 +69,23 @@ class RunConfig(Section):
     stop_after_steps: Positive | None = None
     allow: tuple[Text, ...] = ()
     max_fruitless_starts: Count = 3
+    why: Text | None = None
+    expect: Expected | None = None
+    exact: Flag = False
+
+
+class RopeScalingConfig(Section):
+    """Stretched rotary wavelengths, as Llama 3.1 has them; `type` names the rule.
+
+    Wavelengths above `original_max_position_embeddings` / `low_freq_factor` are `factor` times as
+    long, those below that length / `high_freq_factor` stay, and in between it changes smoothly.
+    """
+
+    type: Literal["llama3"]
+    factor: Factor
+    low_freq_factor: PositiveAmount = 1.0
+    high_freq_factor: PositiveAmount = 4.0
+    original_max_position_embeddings: Positive
 
 
 class ModelConfig(Section):
@@ -74,6 +98,7 @@ class ModelConfig(Section):
     num_kv_heads: Positive = Field(default_factory=lambda data: data.get("num_heads", 1))
     vocab_size: Positive
     rope_theta: PositiveAmount = 10000.0
+    rope_scaling: RopeScalingConfig | None = None
     norm_eps: PositiveAmount = 1e-5
     init_std: PositiveAmount = 0.02
 
@@ -101,10 +126,16 @@ class DataConfig(Section):
 
 
 class BatchConfig(Section):
-    """Batch sizes: sequences per step over all ranks, and per micro-batch on one rank."""
+    """Batch sizes: sequences per step over all ranks, and per micro-batch on one rank.
+
+    With `run.exact`, `exact_unit` sequences are computed at a time. Gradients of `exact_leaf`
+    sequences (None: of a unit) are added one after another, and then in a fixed tree.
+    """
 
     global_sequences: Positive
     micro_sequences: Positive
+    exact_unit: Positive = 1
+    exact_leaf: Positive | None = None
 
 
 def fill_stages(written: dict[str, Any]) -> dict[str, Any]:
@@ -228,16 +259,34 @@ class WatchConfig(Section):
 
 
 class AuditConfig(Section):
-    """Audit intervals in steps: comparing weight replicas, recording the state root (0: never)."""
+    """Audits: comparing weight replicas and recording the state root, in steps (0: never).
+
+    `resume_drill: auto` compares the first steps of a restart with the record and stops where they
+    differ. After the first save in a new setting it loads that checkpoint and does its steps again.
+    The last two keys say which losses of a step are recorded besides its mean.
+    """
 
     replicas_every_steps: Count = 100
     root_every_steps: Count = 100
+    resume_drill: Literal["auto", "off"] = "auto"
+    subset_losses: Flag = False
+    row_losses: Flag = False
 
 
 class SpikesConfig(Section):
-    """Reaction to a spike of the loss."""
+    """Reaction to a spike of the loss.
+
+    - `policy`: record it (alert), leave its steps out (skip_step), go back to the checkpoint before
+      it and defer the chunk (rollback_and_defer), or stop the run.
+    - `recheck`: whether a step that raises an alarm is computed again before its update; auto:
+      with every policy but alert.
+    - `keep_steps`: steps that a spiked branch goes on after its verdict before it is kept.
+    """
 
     policy: Policy = "alert"
+    recheck: Switch = "auto"
+    keep_steps: Count = 0
+    update_norm: bool = False
 
 
 class WandbConfig(Section):

@@ -12,12 +12,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field
 
 from k2train.config.scalars import format_value, parse_scalar
+from k2train.expectation import parse_expectation
 
 N = TypeVar("N", int, float)
 MAX_WHOLE = 2**53
 """Largest whole number: above it a float cannot represent every one, `1e16` could mean another."""
-PLANNED_POLICIES = ("skip_step", "rollback_and_defer", "stop")
-"""Spike policies that are reserved, but not implemented."""
 
 
 def show(value: Any) -> str:
@@ -69,6 +68,10 @@ def _text(value: Any) -> str:
     if not value.strip() or not value.isprintable():
         raise _wrong("printable text on one line", value)
     return value
+
+
+def _expectation(value: Any) -> str:
+    return parse_expectation(_text(value)).text
 
 
 def _run_name(value: Any) -> str:
@@ -140,21 +143,17 @@ def _chunk(value: Any) -> str | int:
     return number
 
 
-def _policy(value: Any) -> Any:
-    if value in PLANNED_POLICIES:
-        raise ValueError(f"{value} is not available: this version only alerts; set alert")
-    return value
-
-
 Whole = Annotated[int, BeforeValidator(_whole)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Positive = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 Amount = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 PositiveAmount = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+Factor = Annotated[float, BeforeValidator(_number), Field(ge=1)]
 Beta = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
 Switch = Annotated[Literal["auto"] | bool, BeforeValidator(_switch)]
 Text = Annotated[str, BeforeValidator(_text)]
+Expected = Annotated[str, BeforeValidator(_expectation)]
 NamedPaths = Annotated[dict[str, Text], BeforeValidator(_named_paths)]
 RunName = Annotated[str, BeforeValidator(_run_name)]
 Resume = Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)]
@@ -162,4 +161,4 @@ Interval = Annotated[Literal["auto"] | float, BeforeValidator(_interval)]
 Kept = Annotated[Literal["all"] | int, BeforeValidator(_kept)]
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=2)]
 Chunk = Annotated[str | int, BeforeValidator(_chunk)]
-Policy = Annotated[Literal["alert"], BeforeValidator(_policy)]
+Policy = Literal["alert", "skip_step", "rollback_and_defer", "stop"]

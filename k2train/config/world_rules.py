@@ -1,5 +1,6 @@
 """Rules on the number of processes, with the nearest batches and worlds that pass."""
 
+from k2train.config.exact_rules import exact_world_mistake
 from k2train.config.nearest import Values, hint, nearest
 
 
@@ -35,7 +36,8 @@ def world_mistakes(values: Values, world_size: int) -> list[str]:
             f"parallel.pipeline ({pipeline}) with parallel.schedule interleaved"
         )
     else:
-        return []
+        exact = exact_world_mistake(values, data)
+        return [] if exact is None else [exact]
 
     totals = nearest(total, lambda other: other % (data * micro * group) == 0)
     micros = nearest(micro, lambda other: total % (data * other * group) == 0)

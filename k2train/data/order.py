@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from k2train.errors import DataError, RunError
-from k2train.record.events import ChunkDeferred, Entry
+from k2train.record.events import Entry, deferrals_of
 
 if TYPE_CHECKING:
     from k2train.data.chunk import Manifest
@@ -182,21 +182,20 @@ def apply_events(order: ChunkOrder, entries: Iterable[Entry], where: str) -> Chu
     Raises RunError for a deferral that does not fit the order.
     """
     for entry in entries:
-        event = entry.event
-        if not isinstance(event, ChunkDeferred):
-            continue
-        line = f"{where}: line {entry.seq + 1} defers {event.chunk!r}"
-        if event.chunk not in order.names:
-            raise RunError(f"{line}, which the order does not have")
+        for event in deferrals_of(entry.event):
+            line = f"{where}: line {entry.seq + 1} defers {event.chunk!r}"
+            if event.chunk not in order.names:
+                raise RunError(f"{line}, which the order does not have")
 
-        i, last = order.names.index(event.chunk), len(order.names) - 1
-        if not i <= event.order_index <= last or order.first_step(i) <= event.step:
-            raise RunError(
-                f"{line} to position {event.order_index} after step {event.step}; it begins with "
-                f"step {order.first_step(i)} at position {i} of 0 to {last}: a chunk that has "
-                "begun stays, another goes to a later position"
-            )
-        order = order.deferred(i, event.order_index)
+            i, last = order.names.index(event.chunk), len(order.names) - 1
+            to = event.order_index
+            if not i <= to <= last or order.first_step(i) <= event.step:
+                raise RunError(
+                    f"{line} to position {to} after step {event.step}; it begins with step "
+                    f"{order.first_step(i)} at position {i} of 0 to {last}: a chunk that has "
+                    "begun stays, another goes to a later position"
+                )
+            order = order.deferred(i, to)
     return order
 
 

@@ -40,7 +40,10 @@ from k2train.retry import retried
 Ids = npt.NDArray[np.int32]
 DummyPrefix = Literal["drop", "keep"]
 
+MODEL_NAME = "tokenizer.model"
+
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
+"""Of a sentencepiece model. Other tokenizers have ids of their own."""
 
 K2_SPECIAL_TOKENS = (
     "<fim_prefix>",
@@ -73,10 +76,10 @@ _SPACE_MARK = "\u2581"
 _LEAVE_TEXT_ALONE = bytes([0x1A, 6, 0x12, 0, 0x18, 0, 0x20, 0])
 
 # What a model that changes text would change: spaces, line ends, composed and rare characters.
-_PROBE = "  a  b\t\r\n\n \0<s></s> \u00a0A\u030a\ufb01\uff21\ufeff\u200b\U0001d518\U0010fffd "
+PROBE = "  a  b\t\r\n\n \0<s></s> \u00a0A\u030a\ufb01\uff21\ufeff\u200b\U0001d518\U0010fffd "
 
 _CONTROL, _USER_DEFINED, _BPE = 3, 4, 2
-_LIKE_A_CONTROL = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
+LIKE_A_CONTROL = re.compile(r"[<\[{|].*[>\]}|]", re.DOTALL)
 
 SEGMENT_CHARACTERS = 1024
 
@@ -145,7 +148,7 @@ class Tokenizer:
         )
 
         # Proof that the model leaves text unchanged.
-        if self.decode(self.encode_arrays([_PROBE], begins=[False])[0]) != _PROBE:
+        if self.decode(self.encode_arrays([PROBE], begins=[False])[0]) != PROBE:
             raise DataError(
                 "tokenizer.model: does not decode its own encoding to the same text; train it with "
                 "byte fallback"
@@ -171,7 +174,7 @@ class Tokenizer:
                     "tokenizer.specials, or take a model without it"
                 )
             # Runs of spaces may be user-defined pieces: they decode as the text they came from.
-            if kind == _USER_DEFINED and _LIKE_A_CONTROL.fullmatch(text):
+            if kind == _USER_DEFINED and LIKE_A_CONTROL.fullmatch(text):
                 raise DataError(
                     f"tokenizer.model: {piece!r} is a user-defined piece, so a document that "
                     "quotes it would turn into a control token; take a model without it, and name "
@@ -185,6 +188,30 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, the special tokens included."""
         return self.base_size + len(self.specials)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text; None where the model has none."""
+        return BOS_ID
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a document."""
+        return EOS_ID
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the token that pads; None where the model has none."""
+        return None
+
+    def is_control(self, token: int) -> bool:
+        """Whether an id is a control token, which no text becomes."""
+        return token <= EOS_ID or token >= self.base_size
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Content by name of all that a folder needs for reading this tokenizer again."""
+        return {MODEL_NAME: self.model}
 
     @property
     def sha256(self) -> str:

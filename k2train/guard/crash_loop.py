@@ -38,6 +38,7 @@ from k2train.record.events import (
     Straggler,
 )
 from k2train.record.metrics import last_steps
+from k2train.record.rollback_events import RolledBack
 
 SHOWN = 5
 """Starts whose ends a message names."""
@@ -126,6 +127,9 @@ def attempts_of(entries: Sequence[Entry]) -> list[Attempt]:
                 (attempt for attempt in found if attempt.number == event.attempt), current
             )
             saved_by.saved_step = max(saved_by.saved_step, event.step)
+        elif isinstance(event, RolledBack):
+            # It went back by itself, and the next attempt goes on from there.
+            current.end = Stopped(attempt=event.attempt, reason="rolled back", step=event.from_step)
         elif isinstance(event, Stopped | Finished):
             current.end = event
 

@@ -7,12 +7,27 @@ from k2train.plan.cost import ModelShape
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Stretched rotary wavelengths by the rule of Llama 3.1 (Dubey et al. 2024, arXiv:2407.21783).
+
+    Wavelengths longer than `original_max_position_embeddings` / `low_freq_factor` become `factor`
+    times as long, those shorter than that length / `high_freq_factor` stay.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class Architecture(ModelShape):
     """Sizes and constants of the model, the same for every layout."""
 
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    rope_scaling: RopeScaling | None = None
 
     @property
     def output_std(self) -> float:

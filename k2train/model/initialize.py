@@ -135,6 +135,6 @@ def attach_rotary(
     stages: Sequence[Stage], a: Architecture, sequence_length: int, device: torch.device
 ) -> None:
     """Give all stages of this rank one shared set of position tables."""
-    rotary = Rotary(a.head_dim, sequence_length, a.rope_theta, device)
+    rotary = Rotary(a.head_dim, sequence_length, a.rope_theta, device, a.rope_scaling)
     for stage in stages:
         stage.set_rotary(rotary)

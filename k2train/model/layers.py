@@ -4,10 +4,12 @@
   the frequencies with it, an error of radians at position 2047.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from k2train.model.architecture import Architecture
+from k2train.model.architecture import Architecture, RopeScaling
 from k2train.model.kernels.elementwise import reference_rotate
 from k2train.model.kernels.select import Kernels, Norm
 from k2train.parallel.grid import Axis
@@ -50,14 +52,32 @@ class RMSNorm(Sharded):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+def stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Apply Llama 3's scaling to rotary frequencies [d/2] in radians a position."""
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # The part that stays as it was: none of the slow ones, all of the fast ones.
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
+
+
 class Rotary:
     """Rotary position tables cos and sin [s, 1, 1, d], fp32, computed in float64.
 
     Rotate-half convention (Su et al. 2021, arXiv:2104.09864, section 3.4.2).
     """
 
-    def __init__(self, head_dim: int, sequence_length: int, theta: float, device: torch.device):
+    def __init__(
+        self,
+        head_dim: int,
+        sequence_length: int,
+        theta: float,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
+    ):
         frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        if scaling is not None:
+            frequencies = stretched(frequencies, scaling)
 
         angles = torch.outer(torch.arange(sequence_length, dtype=torch.float64), frequencies)
         # Rotate-half: both halves of a head turn by the same angles.

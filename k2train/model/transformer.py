@@ -144,6 +144,9 @@ class Stage(nn.Module):
         self.first_use: Callable[[nn.Module], None] | None = None
         """Called with a child module before its weights are read, which may still be in flight."""
 
+        self.keep_losses: Callable[[Tensor], None] | None = None
+        """Called by `loss` with the loss of each position of a micro-batch, fp32 [s, b]."""
+
         self.weight_grad_store = WeightGradStore()
         # One store per stage: the executor defers all of its weight gradients together.
         for child in self.modules():
@@ -225,8 +228,12 @@ class Stage(nn.Module):
                 scale,
                 product=self.product,
                 softmax=self.softmax,
+                keep=self.keep_losses,
             )
-        return self._unfused_losses(hidden, labels, vocabulary).sum() * scale
+        losses = self._unfused_losses(hidden, labels, vocabulary)
+        if self.keep_losses is not None:
+            self.keep_losses(losses.detach())
+        return losses.sum() * scale
 
     @torch.no_grad()
     def row_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:

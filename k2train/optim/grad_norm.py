@@ -2,7 +2,7 @@
 
 - Every rank adds the square sum of its rows of each slice into an fp64 vector with one entry per
   global tensor. The vector is summed over the ranks of a stage, then over stages, and added up in
-  an order that no layout changes (`_ordered_sum`).
+  an order that no layout changes (`ordered_sum`).
 - Other stages contribute exact zeros, so no bit of the result depends on the pipeline degree. Data-
   and tensor-parallel ranks each hold different rows. A tensor that all tensor-parallel ranks hold
   is counted by the first.
@@ -178,18 +178,28 @@ def decide_step(
     - A step is skipped if loss or norm are not finite, or if the norm after clipping is above
       LARGEST_NORM, or too large to be clipped by an fp32 divisor.
     """
-    totals = torch.cat((sums, loss.detach().double().view(1), sums.new_zeros(len(flags))))
+    totals = share(torch.cat((sums, loss.detach().double().view(1))), flags, stage, pp)
+    return decision_of(totals, names, clip_norm)
+
+
+def share(sums: Tensor, flags: Sequence[float], stage: Axis, pp: Axis) -> Tensor:
+    """Return fp64 `sums` [n] and flags, [n + flags], summed over all ranks. Collective."""
+    totals = torch.cat((sums, sums.new_zeros(len(flags))))
 
     # A flag that is zero copies nothing from the host; the others are a few small kernels.
     for index, flag in enumerate(flags):
         if flag:
-            totals[len(names) + 1 + index].fill_(flag)
+            totals[len(sums) + index].fill_(flag)
 
     # Over the ranks of a stage, then over stages: other stages add exact zeros.
     all_reduce(totals, stage)
     all_reduce(totals, pp)
+    return totals
 
-    norm = _ordered_sum(totals[: len(names)]).sqrt()
+
+def decision_of(totals: Tensor, names: Sequence[str], clip_norm: float | None) -> StepDecision:
+    """Decide from sums over all ranks: fp64 [names + loss + flags], squares of norms first."""
+    norm = ordered_sum(totals[: len(names)]).sqrt()
     divisor = (
         torch.ones_like(norm) if clip_norm is None else ((norm + 1e-6) / clip_norm).clamp(min=1.0)
     ).float()
@@ -200,7 +210,7 @@ def decide_step(
     return StepDecision(names, totals, norm, divisor, skip)
 
 
-def _ordered_sum(values: Tensor) -> Tensor:
+def ordered_sum(values: Tensor) -> Tensor:
     """Sum of fp64 [n], a scalar, by additions in an order that every rank has and no run changes.
 
     On a CPU that is the order of the forward pass. On a device it follows from n: cumsum has no

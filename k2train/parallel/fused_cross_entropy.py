@@ -21,7 +21,7 @@ Source: the gradient in the forward pass, in strips: Hsu et al. 2024 (arXiv:2410
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,8 @@ class _Strips:
     rows: int
     product: Product
     softmax: Softmax
+    keep: Callable[[Tensor], None] | None = None
+    """Called with the loss of each position, fp32 [s, b]."""
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -138,6 +140,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         losses = work.run()
         ctx.save_for_backward(*work.gradients())
         ctx.saved_flags = work.dx is not None, work.returned_grad is not None
+        if strips.keep is not None:
+            strips.keep(losses.view(labels.shape))
 
         return losses.sum() * strips.scale
 
@@ -267,6 +271,7 @@ def fused_cross_entropy(
     strip: int | None = None,
     product: Product | None = None,
     softmax: Softmax | None = None,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Fused cross entropy: `scale` times the summed loss, a scalar in fp32. Collective.
 
@@ -279,11 +284,13 @@ def fused_cross_entropy(
       pipeline layout, so that no bit depends on it.
     - `product` multiplies where it is exact; None: torch does.
     - `softmax` turns a strip into probabilities; None: torch's operators do.
+    - `keep` is called with the loss of each position, fp32 [s, b].
 
     Positions labelled IGNORE give 0. Raises DataError for a label outside the vocabulary (on a CPU;
     see `k2train.parallel.cross_entropy`) before any gradient is added.
     """
     strips = _strips_of(labels, vocabulary, scale, strip, product, softmax)
+    strips = replace(strips, keep=keep)
     return _FusedCrossEntropy.apply(hidden, weight, labels, strips, torch.is_grad_enabled())
 
 

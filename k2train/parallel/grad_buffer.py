@@ -106,7 +106,8 @@ class GradientBuffer:
             assert buffer is not None, "a backward pass ran after its gradient buffer was freed"
             buffer._arrived(index)
 
-        accumulator = GradAccumulator(self._totals[index], arrived)
+        accumulator = self._make_accumulator(index)
+        accumulator.arrived = arrived
 
         def collect(parameter: Tensor) -> None:
             # None: the layer added to the accumulator itself.
@@ -117,6 +118,9 @@ class GradientBuffer:
 
         attach(parameter, accumulator)
         parameter.register_post_accumulate_grad_hook(collect)
+
+    def _make_accumulator(self, index: int) -> GradAccumulator:
+        return GradAccumulator(self._totals[index])
 
     def zero(self) -> None:
         """Reset all sums at the start of a step."""
@@ -216,6 +220,17 @@ class GradientBuffer:
         flat = all_reduce(torch.cat([view.reshape(-1) for view in views]), self.tp)
         for view, part in zip(views, flat.split([view.numel() for view in views]), strict=True):
             view.copy_(part.view(view.shape))
+
+    def local_sums(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return views of this rank's sums after `reduce`, until the next step overwrites them.
+
+        First those that are its own, then those that `reduce` summed over tensor-parallel ranks.
+        """
+        own, shared = list[Tensor](), list[Tensor]()
+        for slot in self.shard_layout.slots:
+            summed = self.tp.size > 1 and slot.param_slice.sum_over_tensor
+            (shared if summed else own).append(self._total(slot))
+        return own, shared
 
     def full(self, slot: BufferSlot) -> Tensor:
         """Return the whole local gradient of a slice before any reduction (for tests and tools)."""

@@ -12,9 +12,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from k2train.record.change_events import Change as Change
+from k2train.record.change_events import Outcome as Outcome
 from k2train.record.event import EVENTS, WRITE_NULL, Event, UnknownEvent
+from k2train.record.followed_events import CheckpointFollowed as CheckpointFollowed
+from k2train.record.followed_events import ResumeDrilled as ResumeDrilled
 from k2train.record.held_out import SetScore
 from k2train.record.json_fields import field_value, field_values
+from k2train.record.rollback_events import Deferral, RolledBack
+from k2train.record.spike_events import Spike as Spike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +148,22 @@ class ChunkDeferred(Event, name="chunk_deferred"):
     """The order changes after `step`: a chunk not begun by then moves to a later `order_index`.
 
     Written before the first step that reads the new order. `data.order.apply_events` checks it.
+    By hand with `why`, and what was expected of it.
     """
 
     attempt: int
     chunk: str
     step: int
     order_index: int
+    why: str | None = None
+    expect: str | None = None
 
 
 class StepSkipped(Event, name="step_skipped"):
-    """Loss or gradient were not finite, or the gradient too large: the update was not applied."""
+    """Loss or gradient were not finite, or too large: the update was not applied.
+
+    `reason` is `outlier` where the spike policy left the step out.
+    """
 
     attempt: int
     step: int
@@ -161,27 +173,7 @@ class StepSkipped(Event, name="step_skipped"):
     grad_norm: str
     tensors: tuple[str, ...]
     in_a_row: int
-
-
-class Spike(Event, name="spike"):
-    """A spike of the loss `opened`, or was closed as benign, malignant or level."""
-
-    attempt: int
-    policy: str
-    kind: str
-    step: int
-    loss: float | None = None
-    grad_norm: float | None = None
-    loss_z: float | None = None
-    grad_norm_z: float | None = None
-    onset: int | None = None
-    steps: int | None = None
-    peak_loss: float | None = None
-    peak_grad_norm: float | None = None
-    usual_loss: float
-    usual_grad_norm: float | None = None
-    recent_loss: float | None = None
-    quiet_share: float | None = None
+    reason: str | None = None
 
 
 class Straggler(Event, name="straggler"):
@@ -300,6 +292,15 @@ class Entry:
     time: str
     previous: str
     event: Event
+
+
+def deferrals_of(event: Event) -> tuple[Deferral, ...]:
+    """Return the chunks that an event moves in the order: none for most."""
+    if isinstance(event, ChunkDeferred):
+        return (Deferral(event.chunk, event.step, event.order_index),)
+    if isinstance(event, RolledBack):
+        return tuple(Deferral(c, event.step, event.order_index) for c in event.chunks)
+    return ()
 
 
 E = TypeVar("E", bound=Event)

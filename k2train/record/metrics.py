@@ -89,10 +89,14 @@ class StepRecord(Record):
     """Root of the state after the step, in the steps that record one."""
     mfu_peak: str | None = None
     """Precision of the peak that `mfu` is of: bf16, fp8 or fp32. Older files: bf16."""
+    update_norm: float | None = None
+    """Norm of the applied update; None where `spikes.update_norm` is off."""
+    subsets: Mapping[str, Sequence[float]] | None = None
+    """Tokens and mean loss of the rows of each subset, with `audit.subset_losses`."""
 
     def row(self) -> Row:
         found = super().row()
-        for key in ("ids", "state_root", "mfu_peak"):
+        for key in ("ids", "state_root", "mfu_peak", "update_norm", "subsets"):
             if found[key] is None:
                 del found[key]
         return found

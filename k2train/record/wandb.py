@@ -80,7 +80,9 @@ class WandbMirror:
     def log(self, record: StepRecord) -> None:
         """Mirror one step."""
         self._last_step = record.step
-        self._put(record.row())
+        row = record.row()
+        subsets = row.pop("subsets", None) or {}
+        self._put(row | {f"loss/{name}": loss for name, (_, loss) in subsets.items()})
 
     def score(self, record: HeldOutRecord) -> None:
         """Mirror the held-out loss of a set, and of its subsets."""

@@ -7,7 +7,7 @@
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -89,6 +89,14 @@ class CheckpointManager(SaveEvents):
         )
         self.writer = CheckpointWriter(start.checkpoints, engine.grid, policy, self)
         self._began, self._stalled, self._took = time.monotonic(), 0.0, 0.0
+        self.on_load: Callable[[Path, CheckpointManifest], None] = lambda path, manifest: None
+        """Called on every rank when a checkpoint was loaded to train from it."""
+        self.on_save: Callable[[str, TrainState], None] = lambda name, state: None
+        """Called on every rank when a save begins."""
+        self.on_committed: Callable[[Path], None] = lambda path: None
+        """Called on rank 0 when a checkpoint has its name, maybe from the saving thread."""
+        self.on_end: Callable[[], None] = lambda: None
+        """Called on every rank when no step follows, and no save is under way."""
 
         order = start.order
         longest = max(order.steps_in(index) for index in range(len(order.names)))
@@ -142,6 +150,13 @@ class CheckpointManager(SaveEvents):
         Raises RefusedCheckpointError when it is not whole, CheckpointError when it belongs to
         another model, or the forward check fails.
         """
+        manifest, kept = self.read_state(path)
+        self.on_load(path, manifest)
+        fault_injection.point("start.loaded")
+        return manifest, kept
+
+    def read_state(self, path: Path) -> tuple[CheckpointManifest, bool]:
+        """Fill the engine with the state at `path`, as `load`, without going on from there."""
         engine, optimizer = self.engine, self.engine.optimizer
         manifest = read_manifest(path)
         kept = load_states(
@@ -166,7 +181,6 @@ class CheckpointManager(SaveEvents):
             )
         if problem is not None:
             self.logger.info(f"allowed by run.allow: {problem}")
-        fault_injection.point("start.loaded")
         return manifest, kept
 
     def load_newest(self, chosen: Chosen, path: Path) -> tuple[Chosen, Path, CheckpointManifest]:
@@ -220,7 +234,8 @@ class CheckpointManager(SaveEvents):
             engine.gradients.shard_layout, engine.optimizer.flat_shards, engine.dtype
         )
         state.adam_steps = engine.optimizer.adam_steps
-        facts = self._facts(state, held_out, probe, asked)
+        facts = self.facts(state, held_out, probe, asked)
+        self.on_save(name, state)
         self._stalled = time.monotonic() - self._began
         self.writer.save(name, frozen, facts)
 
@@ -231,7 +246,7 @@ class CheckpointManager(SaveEvents):
         # Restart the watchdog's clock when a save follows another one at once.
         self.monitor.saving(False)
 
-    def _facts(
+    def facts(
         self,
         state: TrainState,
         held_out: Sequence[HeldOutFacts] | None,
@@ -292,6 +307,7 @@ class CheckpointManager(SaveEvents):
         if stalled is not None:
             self.timer.saved(SaveCost(stalled, self._took))
         self.logger.committed(path, manifest, self._took, stalled)
+        self.on_committed(path)
 
     def removed(self, path: Path, why: str) -> None:
         self.logger.removed(path, why)

@@ -103,7 +103,8 @@ def _choose(
             raise CheckpointError(_none_whole(start, refused))
         return Chosen(None, None, refused)
 
-    allowed = check_same_run(path, start.identity, start.setup.config.run.allow)
+    allow, then = start.setup.config.run.allow, start.identity_at(path)
+    allowed = check_same_run(path, start.identity, allow, then)
     chosen = Chosen(path, read_manifest(path), refused, tuple(allowed))
     if not chosen.finishes(start.order):
         return chosen

@@ -11,52 +11,46 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from k2train import fault_injection
 from k2train.data.loader import MicroBatch
-from k2train.fault_injection import VALUES
 from k2train.launch.environment import cores_of_process
 from k2train.model.architecture import Architecture
-from k2train.model.initialize import attach_rotary, initialize, materialize
+from k2train.model.initialize import attach_rotary, initialize
 from k2train.model.transformer import Stage, activation_shape
-from k2train.optim.adamw import Hyperparameters, ShardedAdamW
-from k2train.optim.grad_norm import SquareSums, StepDecision, decide_step
+from k2train.optim.grad_norm import StepDecision, StepSums, decide_step
+from k2train.optim.update_norm import UpdateNorm
 from k2train.parallel.collectives import all_reduce
 from k2train.parallel.comm_tracker import wait_scope
-from k2train.parallel.grad_buffer import GradientBuffer
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.pipeline import Executor
-from k2train.plan.layout import Layout
-from k2train.plan.schedule import Op, Program, insert_transfers
+from k2train.plan.schedule import Program
 from k2train.train.axes import axes_of, unconnected
+from k2train.train.engine_parts import (
+    build_gradients,
+    build_optimizer,
+    build_stages,
+    forward_only,
+    square_sums,
+)
+from k2train.train.exact_mode import ExactMode, one_thread
 from k2train.train.fault_values import (
     inject_gradient_fault,
     inject_output_fault,
     inject_state_fault,
 )
+from k2train.train.recheck import Judged, StepJudge, StepPass, judge_step
 from k2train.train.setup import Setup
 from k2train.train.setup_kernels import DTYPES, kernels_of
+from k2train.train.step_result import StepResult, result_of
 from k2train.train.strict_mode import prepare_strict_mode, strict_mode
 
 _OWN_LABELS = "with labels of their own the number of targets does not follow from the config"
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Result of one training step; equal on every rank."""
-
-    loss: float
-    grad_norm: float
-    norms: Mapping[str, float]
-    applied: bool
-    """False when loss or gradient were not finite or the gradient too large: no rank changed."""
-    flags: tuple[float, ...]
-    faults: tuple[str, ...] = ()
-    """Value faults that some rank made on purpose in this step, by their name."""
 
 
 class Engine:
@@ -71,6 +65,8 @@ class Engine:
         self.setup, self.config, self.grid = setup, setup.config, grid
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Called when a step enters a phase: `forward`, `reduce` or `update`."""
+        self.judge: StepJudge | None = None
+        """Judges a step before its update; without one the host reads the decision behind it."""
         self.strict = prepare_strict_mode(
             grid.device, setup.config.kernels.deterministic, grid.layout.world_size
         )
@@ -83,18 +79,15 @@ class Engine:
         """Why `parallel.symmetric_memory: auto` is off; "" where it is on, or was not asked."""
         self.tp, self.dp = axes_of(setup, grid, connected=not self.unconnected)
 
-        self.stages = self._build_stages()
+        self.stages = build_stages(grid, self.architecture, self.tp, self.kernels, self.dtype)
+        self._attach_rotary(self.stages, self.architecture)
         modules = list(self.stages.values())
-        self.gradients = GradientBuffer(
-            modules,
-            self.dp,
-            self.tp,
-            grid.device,
-            setup.num_microbatches,
-            setup.config.parallel.bucket_bytes,
-        )
-        self.square_sums = SquareSums(self.gradients.shard_layout, self.names, grid.tp, grid.device)
-        self.optimizer = self._build_optimizer()
+        self.exact = ExactMode(setup, grid) if setup.config.run.exact else None
+        self.gradients = build_gradients(setup, modules, self.dp, self.tp, grid.device, self.exact)
+        self.square_sums = square_sums(self.gradients, self.names, grid.tp, self.exact)
+        self.optimizer = build_optimizer(setup, self.gradients, self.stages, self.kernels.optimizer)
+        asked = setup.config.spikes.update_norm
+        self.update_norm = UpdateNorm(self.optimizer, self.square_sums, grid, asked)
         if fill:
             # On accelerators most cores of a machine idle, whatever OMP_NUM_THREADS says.
             initialize(
@@ -135,7 +128,7 @@ class Engine:
         in the global batch, required where micro-batches have labels of their own. A loss or
         gradient that is not finite, or too large for fp32 moments, changes nothing on any rank.
         """
-        with strict_mode(self.strict):
+        with strict_mode(self.strict), one_thread(self.exact is not None):
             return self._train_step(batch, lr, flags, targets)
 
     def _train_step(
@@ -147,29 +140,52 @@ class Engine:
     ) -> StepResult:
         self.on_phase("forward")
         inject_state_fault(self.optimizer)
+        told: list[StepSums] = []
+
+        def compute() -> StepPass:
+            if told:
+                self.on_phase("forward")
+            return self._gradient_pass(batch, flags, targets)
+
+        def read(decision: StepDecision) -> StepSums:
+            # The only point where the host waits for the device.
+            with wait_scope(self.grid.comm, "the device"):
+                told.append(decision.read())
+            return told[-1]
+
+        if self.judge is None:
+            judged = self._update_and_read(compute(), lr, read)
+        else:
+            judged = judge_step(compute, read, self.gradients, self.grid, self.judge)
+            self.on_phase("update")
+            if judged.applies:
+                decision = judged.step.decision
+                self.optimizer.step(judged.step.gradient, lr, decision.divisor, decision.skip)
+
+        self.optimizer.count(judged.applies)
+        update = self.update_norm(judged.step.gradient, lr, judged.applies)
+        return result_of(judged, told, len(flags), update)
+
+    def _gradient_pass(
+        self, batch: Sequence[MicroBatch], flags: Sequence[float], targets: int | None
+    ) -> StepPass:
+        """Compute gradients and decide about the step, which changes no state; collective."""
         inject_gradient_fault(self.gradients)
         self.gradients.zero()
         loss = self._run(self.program, batch, targets)
 
         self.on_phase("reduce")
-        flat_gradient = self.gradients.reduce()
-        decision = self._decide(
-            self.square_sums(flat_gradient), loss, (*flags, *fault_injection.take_changed())
-        )
+        gradient = self.gradients.reduce()
+        shared = (*flags, *fault_injection.take_changed())
+        return StepPass(gradient, self._decide(self.square_sums(gradient), loss, shared), loss)
 
+    def _update_and_read(
+        self, step: StepPass, lr: float, read: Callable[[StepDecision], StepSums]
+    ) -> Judged:
+        """Queue the update before the host waits, so that the device does not idle."""
         self.on_phase("update")
-        self.optimizer.step(flat_gradient, lr, decision.divisor, decision.skip)
-
-        # The only point where the host waits for the device: the whole step is queued by now.
-        with wait_scope(self.grid.comm, "the device"):
-            agreed = decision.read()
-
-        self.optimizer.count(agreed.applied)
-        shared, made = agreed.flags[: len(flags)], agreed.flags[len(flags) :]
-        faults = tuple(name for name, count in zip(VALUES, made, strict=True) if count)
-        return StepResult(
-            agreed.loss, agreed.grad_norm, agreed.norms, agreed.applied, shared, faults
-        )
+        self.optimizer.step(step.gradient, lr, step.decision.divisor, step.decision.skip)
+        return Judged(step, read(step.decision))
 
     def evaluate(self, batch: Sequence[MicroBatch], targets: int | None = None) -> float:
         """Return the mean loss of one global batch (nats per target) without gradients; collective.
@@ -191,7 +207,10 @@ class Engine:
 
         def loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
-            return last.row_losses(inject_output_fault(hidden), batch[microbatch].targets)
+            hidden, labels = inject_output_fault(hidden), batch[microbatch].targets
+            if self.exact is not None:
+                return self.exact.row_losses(last.row_losses, hidden, labels)
+            return last.row_losses(hidden, labels)
 
         found = self.forward(self.forward_program(num_microbatches), batch, loss)
         share = num_microbatches * self.config.batch.micro_sequences
@@ -211,7 +230,7 @@ class Engine:
         found = self._forward_programs.get(num_microbatches)
         if found is None:
             setup, pp = self.setup, self.grid.coordinate.pp
-            programs = _forward_only(setup.programs, num_microbatches, self.grid.layout)
+            programs = forward_only(setup.programs, num_microbatches, self.grid.layout)
             found = self._forward_programs[num_microbatches] = programs[pp]
         return found
 
@@ -228,18 +247,22 @@ class Engine:
         """
 
         def stage(number: int, x: Tensor, microbatch: int) -> Tensor:
-            output: Tensor = self.stages[number](
-                x, batch[microbatch].documents if self.setup.block else None
-            )
+            documents = batch[microbatch].documents if self.setup.block else None
+            if self.exact is not None:
+                return self.exact.run_stage(self.stages[number], x, documents)
+            output: Tensor = self.stages[number](x, documents)
             return output
 
-        with strict_mode(self.strict):
+        with strict_mode(self.strict), one_thread(self.exact is not None):
             return self.executor.run(
                 program, lambda m: batch[m].tokens, loss, self.shape, self.dtype, stage
             )
 
     def _run(self, program: Program, batch: Sequence[MicroBatch], targets: int | None) -> Tensor:
-        """Return this rank's part of the mean loss: 0 where another rank counts it."""
+        """Return this rank's part of the mean loss: 0 where another rank counts it.
+
+        With `run.exact` that of each unit.
+        """
         self._check_batch(batch, self.setup.num_microbatches)
         assert targets is not None or all(part.labels is None for part in batch), _OWN_LABELS
         last = self.stages.get(self.grid.layout.num_stages - 1)
@@ -247,10 +270,15 @@ class Engine:
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
+            hidden, labels = inject_output_fault(hidden), batch[microbatch].targets
             # The mean is taken here, once, before the backward.
-            return last.loss(inject_output_fault(hidden), batch[microbatch].targets, scale)
+            if self.exact is not None:
+                return self.exact.loss(partial(last.loss, scale=scale), hidden, labels)
+            return last.loss(hidden, labels, scale)
 
         losses = self.forward(program, batch, scaled_loss)
+        if self.exact is not None:
+            return self.exact.losses()
         if not losses:
             return torch.zeros((), device=self.grid.device)
 
@@ -268,14 +296,10 @@ class Engine:
         )
 
     def _decide(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepDecision:
+        if self.exact is not None:
+            return self.exact.decide(sums, self.names, loss, flags)
         clip_norm = self.config.optimizer.clip_norm
         return decide_step(sums, self.names, loss, flags, self.grid.stage, self.grid.pp, clip_norm)
-
-    def _build_stages(self) -> dict[int, Stage]:
-        layout = self.grid.layout
-        stages = {stage: self._build_stage(stage) for stage in layout.stages_of(self.grid.pp.rank)}
-        self._attach_rotary(stages, self.architecture)
-        return stages
 
     @contextmanager
     def rope_theta(self, theta: float) -> Iterator[None]:
@@ -289,41 +313,3 @@ class Engine:
     def _attach_rotary(self, stages: Mapping[int, Stage], architecture: Architecture) -> None:
         length = self.config.data.sequence_length
         attach_rotary(list(stages.values()), architecture, length, self.grid.device)
-
-    def _build_stage(self, stage: int) -> Stage:
-        layers = self.grid.layout.layers_of(stage, self.architecture.num_layers)
-        first, last = stage == 0, stage == self.grid.layout.num_stages - 1
-        module = materialize(
-            lambda: Stage(self.architecture, layers, first, last, self.tp, self.kernels),
-            self.dtype,
-            self.grid.device,
-        )
-        assert isinstance(module, Stage), "a stage was built"
-        return module
-
-    def _build_optimizer(self) -> ShardedAdamW:
-        o = self.config.optimizer
-        optimizer = ShardedAdamW(
-            self.gradients.shard_layout,
-            self.grid.device,
-            Hyperparameters(o.betas, o.eps, o.weight_decay),
-            self.kernels.optimizer,
-            self.config.parallel.bucket_bytes,
-        )
-
-        # Each layer waits for its own weights at their first use in the next step.
-        if self.dp.size > 1 and self.dp.overlap:
-            for module in self.stages.values():
-                module.first_use = optimizer.wait_for
-        return optimizer
-
-
-def _forward_only(
-    programs: Sequence[Program], num_microbatches: int, layout: Layout
-) -> tuple[Program, ...]:
-    """The forwards of the first micro-batches, in the order of the schedule."""
-    forwards = tuple(
-        tuple(a for a in program if a.op is Op.FORWARD and a.microbatch < num_microbatches)
-        for program in programs
-    )
-    return insert_transfers(forwards, layout)

@@ -24,6 +24,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from k2train.checkpoint.run_facts import ForwardAnswer, PromptFacts, SignatureFacts
+from k2train.config.load import Config
 from k2train.data.loader import MicroBatch
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
@@ -87,7 +88,7 @@ def forward_check_problem(before: ForwardAnswer | None, now: ForwardAnswer) -> s
         return f"{message}, on the same layout, kernels and device, where every bit must be equal"
 
     # Another layout, kernel or device: only rounding may differ.
-    bound = max(_bound(before), _bound(now))
+    bound = max(bound_of(before), bound_of(now))
     if distance < INFINITE and distance <= bound * largest:
         return None
     changed = before.signature.differences(now.signature)
@@ -102,10 +103,12 @@ def _run(engine: Engine) -> Tensor | None:
 
     def keep_logits(hidden: Tensor, microbatch: int) -> Tensor:
         assert last is not None, "only the last stage has logits"
-        logits.append(last.logits_at(hidden, _positions(engine.config.data.sequence_length)))
+        logits.append(last.logits_at(hidden, positions_of(engine.config.data.sequence_length)))
         return hidden.new_zeros(())
 
-    engine.forward(_forward_program(engine), [_prompt(engine)], keep_logits)
+    engine.forward(
+        _forward_program(engine), [prompt_of(engine.config, engine.grid.device)], keep_logits
+    )
     return logits[0] if logits else None
 
 
@@ -119,9 +122,8 @@ def _forward_program(engine: Engine) -> Program:
     return insert_transfers(forwards, layout)[engine.grid.coordinate.pp]
 
 
-def _prompt(engine: Engine) -> MicroBatch:
-    """Return the fixed prompt. Each of its rows holds three documents."""
-    config = engine.config
+def prompt_of(config: Config, device: torch.device) -> MicroBatch:
+    """Return the fixed prompt on a device. Each of its rows holds three documents."""
     rows, length = config.batch.micro_sequences, config.data.sequence_length
     position = torch.arange(length).expand(rows, length)
     row = torch.arange(rows).unsqueeze(1)
@@ -129,10 +131,11 @@ def _prompt(engine: Engine) -> MicroBatch:
     ids = (position * 7919 + position * position * 31 + row * 104729 + 17) % config.model.vocab_size
 
     documents = torch.div(position * 3, length, rounding_mode="floor")
-    return MicroBatch(ids, documents.to(torch.int32)).to(engine.grid.device)
+    return MicroBatch(ids, documents.to(torch.int32)).to(device)
 
 
-def _positions(length: int) -> list[int]:
+def positions_of(length: int) -> list[int]:
+    """Positions of the prompt whose logits are compared."""
     return sorted(
         {
             (n + 1) * length // POSITIONS - 1
@@ -149,22 +152,27 @@ def _prompt_facts(engine: Engine) -> PromptFacts:
         sequence_length=config.data.sequence_length,
         vocab_size=config.model.vocab_size,
         cross_documents=config.data.cross_documents,
-        positions=_positions(config.data.sequence_length),
+        positions=positions_of(config.data.sequence_length),
     )
 
 
 def _answer(logits: Tensor, engine: Engine) -> ForwardAnswer:
     """This replica's answer, from the logits [positions, vocab_size]."""
     host = logits.cpu().contiguous()
-    step = max(1, host.shape[1] // SAMPLES)
-    samples = host[:, ::step][:, :SAMPLES].tolist()
     return ForwardAnswer(
         sha256=sha256(host.numpy().tobytes()).hexdigest(),
-        values=[[_plain(value) for value in row] for row in samples],
+        values=[[_plain(value) for value in row] for row in samples_of(host)],
         max_abs=_plain(float(host.abs().max())),
         prompt=_prompt_facts(engine),
-        signature=_signature(engine),
+        signature=signature_of(engine),
     )
+
+
+def samples_of(logits: Tensor) -> list[list[float]]:
+    """Return the logits that the manifest lists, of [positions, vocab_size]."""
+    step = max(1, logits.shape[1] // SAMPLES)
+    found: list[list[float]] = logits[:, ::step][:, :SAMPLES].tolist()
+    return found
 
 
 def _plain(value: float) -> float | None:
@@ -172,7 +180,7 @@ def _plain(value: float) -> float | None:
     return value if abs(value) < INFINITE else None
 
 
-def _signature(engine: Engine) -> SignatureFacts:
+def signature_of(engine: Engine) -> SignatureFacts:
     """Return what the bits of a forward pass may depend on.
 
     Pipeline and data parallelism are left out: they must not change a bit.
@@ -216,7 +224,7 @@ def _distance(a: ForwardAnswer, b: ForwardAnswer) -> tuple[float, float]:
     return max(distances, default=0.0), max(largest)
 
 
-def _bound(answer: ForwardAnswer) -> float:
+def bound_of(answer: ForwardAnswer) -> float:
     """Return the largest change that rounding explains, relative to the largest logit."""
     return ROUNDING[answer.signature.precision] * sqrt(answer.prompt.num_layers + 2)
 
@@ -234,7 +242,7 @@ def _apart(answers: Mapping[int, ForwardAnswer]) -> str:
         if answer.sha256 == majority:
             continue
         distance, largest = _distance(first, answer)
-        rounded = distance <= _bound(answer) * largest < INFINITE
+        rounded = distance <= bound_of(answer) * largest < INFINITE
         if answer.signature == first.signature or not rounded:
             return _replica_message(rank, hashes, distance, largest, answers)
 

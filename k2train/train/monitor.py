@@ -30,6 +30,7 @@ from k2train.plan.balance import rank_flops
 from k2train.record.system_info import in_batch_job, job_facts
 from k2train.train.engine import Engine
 from k2train.train.setup import Setup
+from k2train.train.step_flags import FAILED, SAVE, SAVE_ASKED, SECONDS, STOP, Agreed
 from k2train.watchdog.failure_report import read_report
 from k2train.watchdog.own_heartbeat import Member
 from k2train.watchdog.timeouts import Timeouts
@@ -38,10 +39,6 @@ from k2train.watchdog.watchdog import Watchdog
 PHASES = {"forward": "step", "reduce": "reduce", "update": "update"}
 """Engine phase -> watchdog phase."""
 
-STOP, SAVE, FAILED, SECONDS = 0, 1, 2, 3
-"""Indices of the flags in the step's exchange; from `SECONDS` on one per rank."""
-SAVE_ASKED = 2.0
-"""Value of the flag of saves when somebody asked for one; 1 when only the time has come."""
 SAVE_FILE = "SAVE file"
 """Who asked for a save if a file did."""
 FINISHING = {
@@ -49,20 +46,6 @@ FINISHING = {
     "save": "finishing the save",
 }
 """Phase -> what is done after a signal, unless it is a phase of a step."""
-
-
-class Agreed(NamedTuple):
-    """What the ranks agreed on in a step's exchange."""
-
-    stop: str | None
-    """Reason to stop, None to go on."""
-    save_asked: bool
-    save_due: bool
-    """Whether a save was asked for, or it is time for one."""
-    failed: bool
-    """Whether a rank could not save or record."""
-    slow: str | None
-    """A line when a rank became slow or recovered."""
 
 
 class PreviousEnd(NamedTuple):
@@ -76,6 +59,9 @@ class PreviousEnd(NamedTuple):
 class DamageError(RuntimeError):
     """Replicas that must be equal differ; raised on every rank alike."""
 
+    advice = "; the last checkpoint was saved before that, start again from it"
+    """What to do about it."""
+
 
 class RunMonitor:
     """Health checks of one rank.
@@ -87,11 +73,8 @@ class RunMonitor:
     def __init__(self, setup: Setup, grid: ProcessGrid, directory: Path, stop: StopRequest):
         config = setup.config
         w, a = config.watch, config.audit
-        self.grid, self.replicas_every_steps, self.root_every_steps = (
-            grid,
-            a.replicas_every_steps,
-            a.root_every_steps,
-        )
+        self.grid, self.replicas_every_steps = grid, a.replicas_every_steps
+        self.root_every_steps = a.root_every_steps
 
         # A save that waits for disk space is not stuck.
         save_seconds = w.save_seconds + config.checkpoint.retry_seconds
@@ -148,6 +131,10 @@ class RunMonitor:
         digest = StateDigest(engine.gradients.shard_layout, engine.names, states, self.grid.tp)
         self._root = RootAllReduce(digest, self.grid.host, self.grid.comm)
         self._guard = StateAudit(digest, self.grid.host, self.grid.comm)
+
+    def detach(self) -> None:
+        """Forget the engine, whose memory another one needs."""
+        del self.engine, self._replicas, self._root, self._guard
 
     def phase(self, name: str, step: int) -> None:
         """Enter a phase; the watchdog times it."""
@@ -240,6 +227,10 @@ class RunMonitor:
         found = self._root(optimizer.flat_shards, self.step, optimizer.adam_steps)
         self._guard.keep(found.local_sums)
         return found
+
+    def state_replaced(self) -> None:
+        """Note that the state is another one now, on purpose; call on all ranks."""
+        self._guard.forget()
 
     def _poll_request(self) -> str | None:
         """Return `STOP` or `SAVE` if a file requests it, else None.

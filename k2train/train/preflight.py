@@ -29,21 +29,29 @@ from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
 from k2train.errors import CheckpointError, DataError, RunError
 from k2train.guard.crash_loop import check_progress
+from k2train.hf.folder import HuggingFaceFolder
+from k2train.hf.import_folder import NAME, notes_of, unwritten_manifest
 from k2train.optim.lr_schedule import check_schedule
 from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
-from k2train.record.events import StageTransition
+from k2train.record.events import Entry, StageTransition, of_kind
 from k2train.record.ledger import read_chain
+from k2train.record.rollback_events import RolledBack
 from k2train.retry import exists_retried, is_folder_retried, list_retried, retried
 from k2train.train.held_out_sets import held_out_limit, held_out_sets
 from k2train.train.ledger_check import check_checkpoints_are_there, check_ledger_heads
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 from k2train.train.setup import Setup
+from k2train.train.spike_history import check_decided, moves_of
 from k2train.train.stage_transition import check_stage_transition, resolve_checkpoint
 from k2train.train.start_point import ResumeCheck, wanted_checkpoints
 
 HASH_AT_START_BYTES = 1 << 30
 """Total size up to which all chunks are hashed before the start; above it only the next one is."""
+
+
+HUGGING_FACE = "hf:"
+"""Begin of a `run.init_from` that names a Hugging Face folder."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,18 @@ class Start:
     """Checkpoint of another run whose weights and moments are loaded (fresh starts only)."""
     transition: StageTransition | None = None
     """How this stage takes over from its parent."""
+    hugging_face: HuggingFaceFolder | None = None
+    """Folder that the parent is imported from, when the ranks have met."""
     warning: str = ""
     """What to tell of the starts before this one; "" for nothing."""
     precision_reason: str = ""
     """Why `precision: auto` means what the setup's config says; "" where the config said it."""
     room_inside_chunks: bool = True
     """Whether the disk has space for saves inside chunks, if those are left to the run."""
+    config_order: ChunkOrder | None = None
+    """The order before the moves of the ledger."""
+    moves: tuple[Entry, ...] = ()
+    """Entries of the ledger that moved chunks, or went back."""
 
     @property
     def layout(self) -> Layout:
@@ -86,6 +100,22 @@ class Start:
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints."""
         return self.directory / "checkpoints"
+
+    @property
+    def returns(self) -> list[RolledBack]:
+        """Returns of this run to an earlier checkpoint, oldest first."""
+        return of_kind(self.moves, RolledBack)
+
+    def identity_at(self, path: Path) -> dict[str, Any] | None:
+        """Identity of this run when it saved a checkpoint; None if no chunk was moved since."""
+        ledger = read_manifest(path).ledger
+        if ledger is None or self.config_order is None:
+            return None
+        before = [entry for entry in self.moves if entry.seq < ledger.events]
+        if len(before) == len(self.moves):
+            return None
+        order = apply_events(self.config_order, before, str(self.directory / "ledger.jsonl"))
+        return identity_of(self.setup.config, self.manifest, order)
 
     @property
     def resume_check(self) -> ResumeCheck:
@@ -186,7 +216,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     directory = run_directory(config)
     ledger = directory / "ledger.jsonl"
     entries, hashes = read_chain(ledger) if exists_retried(ledger) else ([], [])
-    order = apply_events(order, entries, str(ledger))
+    check_decided(config, entries)
+    config_order, order = order, apply_events(order, entries, str(ledger))
 
     identity = identity_of(config, manifest, order)
     base = Start(
@@ -197,6 +228,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         identity,
         held_out_sets(config, manifest),
         precision_reason=precision_reason,
+        config_order=config_order,
+        moves=moves_of(entries),
     )
     # Too many starts without progress refuse the start.
     warning = check_progress(entries, config.run.max_fruitless_starts, directory)
@@ -211,7 +244,8 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     if not wanted:
         start, step = _fresh_start(config, base, refused), 0
     else:
-        allowed = check_same_run(wanted[0], identity, config.run.allow)
+        then = base.identity_at(wanted[0])
+        allowed = check_same_run(wanted[0], identity, config.run.allow, then)
         start = replace(
             base, candidates=tuple(wanted), refused=tuple(refused), allowed=tuple(allowed)
         )
@@ -291,6 +325,19 @@ def _check_names(config: Config, start: Start, step: int) -> None:
 def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:
     if config.run.init_from is None:
         return replace(base, refused=tuple(refused))
+    if config.run.init_from.startswith(HUGGING_FACE):
+        return replace(_imported_start(config, base), refused=tuple(refused))
     parent = resolve_checkpoint(Path(config.run.init_from), config.run.allow)
     transition = check_stage_transition(base.setup, parent, base.manifest, base.order)
     return replace(base, refused=tuple(refused), parent=parent, transition=transition)
+
+
+def _imported_start(config: Config, base: Start) -> Start:
+    """Describe a start from a Hugging Face folder, which is imported later."""
+    folder = HuggingFaceFolder(Path(str(config.run.init_from).removeprefix(HUGGING_FACE)))
+    parent = base.directory / "imported" / NAME
+    transition = check_stage_transition(
+        base.setup, parent, base.manifest, base.order, unwritten_manifest(folder)
+    )
+    warning = "; ".join(filter(None, (base.warning, *notes_of(folder))))
+    return replace(base, parent=parent, transition=transition, hugging_face=folder, warning=warning)

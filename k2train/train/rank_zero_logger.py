@@ -40,6 +40,7 @@ from k2train.record.events import (
     CheckpointRemoved,
     CheckpointSaved,
     CheckpointVerified,
+    Entry,
     Failed,
     Finished,
     Resumed,
@@ -70,6 +71,7 @@ from k2train.state_digest import short_digests
 from k2train.text import bytes_text
 from k2train.train.preflight import Start
 from k2train.train.run_logger import RunLogger
+from k2train.train.spike_history import spike_number, was_seen_before
 
 ENDS = (Failed, Stopped, Finished)
 
@@ -149,6 +151,10 @@ class RankZeroRunLogger(RunLogger):
     def ledger_head(self) -> LedgerHead | None:
         return self.ledger.head
 
+    @property
+    def entries(self) -> Sequence[Entry]:
+        return self.ledger.entries
+
     def event(self, event: Event) -> None:
         self._put(self.ledger.path, lambda: self.ledger.append(event))
 
@@ -167,6 +173,12 @@ class RankZeroRunLogger(RunLogger):
     def has_end_of(self, attempt: int) -> bool:
         events = [entry.event for entry in self.ledger.entries]
         return any(isinstance(event, ENDS) and event.attempt == attempt for event in events)
+
+    def spike_number(self, onset: int) -> int:
+        return spike_number(self.ledger.entries, onset)
+
+    def was_seen_before(self, first_step: int, steps: int) -> bool:
+        return was_seen_before(self.ledger.entries, first_step, steps)
 
     def all_written(self) -> bool:
         with self._stop.held(), self._writing:

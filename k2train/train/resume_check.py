@@ -30,18 +30,27 @@ def files_read(manifest: Manifest, order: ChunkOrder) -> list[str]:
     return [*order.names, *([manifest.held_out.name] if manifest.held_out else [])]
 
 
+def model_facts(config: Config) -> dict[str, Any]:
+    """Return the model section as checkpoints are compared by it."""
+    model: dict[str, Any] = config.model_dump(mode="json")["model"]
+    # Only if set: older checkpoints do not have this key.
+    return {key: value for key, value in model.items() if (key, value) != ("rope_scaling", None)}
+
+
 def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[str, Any]:
     """Return what makes two starts the same run.
 
     These are model, batch, seed, data in order, optimizer, learning rate and precision (fp8
-    included). Document boundaries belong to it only where attention stops at them.
+    included), and the order of sums with `run.exact`. Document boundaries belong to it only where
+    attention stops at them.
     """
     tree = config.model_dump(mode="json")
     block = config.data.cross_documents == "block"
     return {
-        "model": tree["model"],
+        "model": model_facts(config),
         "batch": {"global_sequences": config.batch.global_sequences},
-        "run": {"seed": config.run.seed},
+        # Only if set, like the next one: older checkpoints do not have this key.
+        "run": {"seed": config.run.seed, **({"exact": _exact(config)} if config.run.exact else {})},
         "data": {
             "sequence_length": config.data.sequence_length,
             "cross_documents": config.data.cross_documents,
@@ -58,6 +67,12 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         # Only if set: older checkpoints do not have this key.
         **({"matmul": "fp8"} if config.kernels.matmul == "fp8" else {}),
     }
+
+
+def _exact(config: Config) -> dict[str, int]:
+    """Return the sizes that the bits of an exact run depend on, in sequences."""
+    unit = config.batch.exact_unit
+    return {"unit": unit, "leaf": config.batch.exact_leaf or unit}
 
 
 def _boundaries_sha256(manifest: Manifest, order: ChunkOrder) -> str:
@@ -95,9 +110,16 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     return differences
 
 
-def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]) -> list[str]:
+def check_same_run(
+    path: Path,
+    identity: Mapping[str, Any],
+    allow: Sequence[str],
+    then: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Return the differences between a checkpoint's run and this one, all allowed by name.
 
+    `then` is this run's identity as of the checkpoint, if the ledger has deferred chunks since that
+    the checkpoint had not begun.
     Raises CheckpointError for a thinned checkpoint, and for a difference that is not allowed or
     never can be.
     """
@@ -110,7 +132,8 @@ def check_same_run(path: Path, identity: Mapping[str, Any], allow: Sequence[str]
     manifest = read_manifest(path)
     before = {} if manifest.identity is None else manifest.identity.tree()
 
-    differences = identity_differences(before, identity)
+    deferred = then is not None and same_chunks_begun(manifest, identity)
+    differences = identity_differences(before, then if then and deferred else identity)
     # Differences that would move the data position, whatever `run.allow` names.
     never_allowed = [
         text

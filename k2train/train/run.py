@@ -5,6 +5,9 @@
 - Nothing is built before what it depends on, so no part has to be told of another one later.
 """
 
+import gc
+from collections.abc import Callable
+
 import torch
 
 from k2train import fault_injection
@@ -32,6 +35,7 @@ from k2train.train.checkpointing import CheckpointManager
 from k2train.train.choose import choose_checkpoint
 from k2train.train.engine import Engine
 from k2train.train.host_memory import keep_freed_memory, startup_objects_frozen
+from k2train.train.import_parent import import_parent
 from k2train.train.machine import FreeMemory, free_memory
 from k2train.train.memory_check import check_memory
 from k2train.train.monitor import RunMonitor
@@ -72,15 +76,38 @@ def train(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None)
 
     monitor = RunMonitor(start.setup, grid, start.directory, stop)
     with OpenRun(grid, monitor) as run:
-        trainer = build(start, run, lock, verify=launch.local_rank == 0, memory=memory)
-        with startup_objects_frozen():
-            run.code = EXIT_DONE if trainer is None else trainer.run()
+        verify = launch.local_rank == 0
+        code = train_to_end(start, run, lambda start: build(start, run, lock, verify, memory))
+        run.code = EXIT_DONE if code is None else code
         monitor.phase("done", run.state.step)
         fault_injection.point("end")
 
     stop_process_group(grid.host)
     monitor.close()
     return run.code
+
+
+def train_to_end(
+    start: Start, run: OpenRun, built: Callable[[Start], Trainer | None]
+) -> int | None:
+    """Train from `start`, and from each checkpoint it goes back to; returns the exit code.
+
+    `built` builds the run as `build` does; None if nothing is left to do. Collective.
+    """
+    while True:
+        trainer = built(start)
+        if trainer is None:
+            return None
+        with startup_objects_frozen():
+            code = trainer.run()
+        if trainer.spikes.goes_back is None:
+            return code
+
+        # A start like any other, in this process: it finds nothing of the one before.
+        start = trainer.spikes.goes_back
+        del trainer
+        run.leave()
+        gc.collect()
 
 
 def _check_shared_device(start: Start, device: torch.device) -> None:
@@ -121,7 +148,7 @@ def build(
     malloc settings.
     """
     grid, monitor = run.grid, run.monitor
-    start = decide_precision(start, grid)
+    start = import_parent(decide_precision(start, grid), grid)
     # A fresh start has no run directory yet; its watchdog starts after the record is open.
     if start.candidates:
         monitor.begin()

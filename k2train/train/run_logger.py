@@ -14,7 +14,7 @@ from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.guard.failure_history import FailureHistory
 from k2train.parallel.device_digest import StateRoot
 from k2train.record.event import Event
-from k2train.record.events import Failed, Finished, Stopped, Takeover
+from k2train.record.events import Entry, Failed, Finished, Stopped, Takeover
 from k2train.record.ledger_head import LedgerHead
 from k2train.record.metrics import (
     StepRecord,
@@ -49,6 +49,11 @@ class RunLogger:
         """Head of the ledger; None where another rank writes it."""
         return None
 
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """Entries of the ledger; none where another rank writes it."""
+        return ()
+
     def event(self, event: Event) -> None:
         """Append an event to the ledger."""
 
@@ -60,6 +65,14 @@ class RunLogger:
 
     def has_end_of(self, attempt: int) -> bool:
         """Return whether the ledger records how a start ended."""
+        return False
+
+    def spike_number(self, onset: int) -> int:
+        """Return the number of the spike that began at `onset`; 0 on other ranks."""
+        return 0
+
+    def was_seen_before(self, first_step: int, steps: int) -> bool:
+        """Whether an earlier start met the spike of a start's first steps; False on other ranks."""
         return False
 
     def all_written(self) -> bool:

@@ -6,22 +6,24 @@
 - Needs no torch. What depends on the device takes its type: the engine resolves axes and kernels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
 
 from k2train.config.load import Config, check_world
-from k2train.model.architecture import Architecture
+from k2train.model.architecture import Architecture, RopeScaling
 from k2train.optim.lr_schedule import rate
-from k2train.plan.activations import ActivationSpec
+from k2train.plan.activations import FP32, ActivationSpec
+from k2train.plan.cost import rank_parameters
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
 from k2train.plan.schedule import Program, build_programs, placement_of
+from k2train.plan.sum_tree import most_sums, nodes_of
 
 
 def architecture_of(config: Config) -> Architecture:
     """Return the `Architecture` of a config's model section."""
-    m = config.model
+    m, scaling = config.model, config.model.rope_scaling
     assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
     return Architecture(
         m.num_layers,
@@ -33,6 +35,7 @@ def architecture_of(config: Config) -> Architecture:
         m.rope_theta,
         m.norm_eps,
         m.init_std,
+        None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
     )
 
 
@@ -162,8 +165,28 @@ class Setup:
             recompute_layers=config.kernels.recompute_layers,
         )
 
+    def leaves(self, rank: int) -> range:
+        """Return the leaves of a data-parallel rank in the sum tree of `run.exact`."""
+        batch = self.config.batch
+        leaf = batch.exact_leaf or batch.exact_unit
+        own = batch.global_sequences // self.layout.data // leaf
+        return range(rank * own, (rank + 1) * own)
+
     def memory(self, work: ActivationSpec, pp: int) -> RankMemory:
         """Return the memory of one rank at pipeline rank `pp` with that work."""
+        planned = self._plain_memory(work, pp)
+        if not self.config.run.exact:
+            return planned
+
+        # The tree holds more gradients, and a transfer has several parts of a sum.
+        ranks = [self.leaves(rank) for rank in range(self.layout.data)]
+        count = rank_parameters(work.shape, self.layout, pp)
+        more = FP32 * count * (max(map(most_sums, ranks)) - 1)
+        parts = max(len(nodes_of(leaves)) for leaves in ranks)
+        state = replace(planned.state, gradients_bytes=planned.state.gradients_bytes + more)
+        return replace(planned, state=state, transfer_bytes=planned.transfer_bytes * parts)
+
+    def _plain_memory(self, work: ActivationSpec, pp: int) -> RankMemory:
         return rank_memory(
             work,
             self.layout,

@@ -167,12 +167,19 @@ class OpenRun:
             if part is not None:
                 part.close()
 
+    def leave(self) -> None:
+        """Close and forget what was built, for a run that begins again in this process."""
+        self.close()
+        self.monitor.detach()
+        self.writer, self.batches, self.logger = None, None, RunLogger()
+        self.state = TrainState()
+
     def _leave_together(self, error: SaveError | DamageError) -> int:
         """Record an error that every rank knows, and return the exit code; collective.
 
         The error goes to the ledger too, if that can be written.
         """
-        damaged = isinstance(error, DamageError)
+        advice = error.advice if isinstance(error, DamageError) else None
 
         with contextlib.suppress(OSError, SaveError):
             # The running save is of an earlier step, and may be the one to resume from.
@@ -180,12 +187,11 @@ class OpenRun:
                 self.writer.wait()
 
         with contextlib.suppress(OSError):
-            reason = "damaged" if damaged else "save failed"
+            reason = "save failed" if advice is None else "damaged"
             self._stopped(reason, str(error))
 
-        after = "; the last checkpoint was saved before that, start again from it"
         where = f"stopped at step {self.state.step}"
-        self.logger.info(f"{where}: {error}{after}" if damaged else str(error))
+        self.logger.info(str(error) if advice is None else f"{where}: {error}{advice}")
         return EXIT_FAILED
 
     def _is_connection_lost(self, error: Exception) -> bool:

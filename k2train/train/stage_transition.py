@@ -23,6 +23,7 @@ from k2train.errors import CheckpointError, DataError
 from k2train.record.events import StageTransition
 from k2train.retry import is_file_retried, is_folder_retried
 from k2train.train.data_seen import data_in_common, earlier_data
+from k2train.train.resume_check import model_facts
 from k2train.train.schedule_change import is_finished, past_order, progress_text
 from k2train.train.setup import Setup
 
@@ -30,6 +31,8 @@ MAY_CHANGE = ("model.rope_theta",)
 """Keys of the model that a next stage may change if `run.allow` names them: no tensor has another
 shape or meaning, and longer samples are often trained with a larger base.
 """
+TOKENIZER = "tokenizer"
+"""Name in `run.allow` of a start from an imported model whose tokenizer cannot be compared."""
 UNFINISHED = "unfinished_parent"
 """Name in `run.allow` of a start from a run that is not finished."""
 
@@ -63,24 +66,24 @@ def resolve_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
 
 
 def check_stage_transition(
-    setup: Setup, parent: Path, manifest: Manifest, order: ChunkOrder
+    setup: Setup,
+    parent: Path,
+    manifest: Manifest,
+    order: ChunkOrder,
+    unwritten: CheckpointManifest | None = None,
 ) -> StageTransition:
     """Check the transition between two stages and describe it for the ledger.
 
+    `unwritten` is the manifest of a parent that is still to be imported; its hash is not known yet.
     `attempt` and `moments_kept` of the result are only known when the parent is loaded.
     Raises CheckpointError when the model differs, DataError when tokenizer or data do not fit.
     """
-    before, config = read_manifest(parent), setup.config
-    allowed = _model_changes(before, setup, parent)
+    before, config = unwritten or read_manifest(parent), setup.config
+    # What is imported later has a path that nobody has written.
+    shown = parent if unwritten is None else str(config.run.init_from)
+    allowed = _model_changes(before, setup, shown)
 
-    tokenizer = before.data.tokenizer_sha256
-    if tokenizer != manifest.tokenizer_sha256:
-        raise DataError(
-            f"{manifest.path} was made with tokenizer {manifest.tokenizer_sha256[:12]}, "
-            f"run.init_from ({parent}) was trained with {str(tokenizer)[:12]}; "
-            "prepare the data with the same one"
-        )
-
+    known = _check_tokenizer(before, setup, manifest, shown)
     common = data_in_common(before, manifest, order)
     shared = common.found
     if shared and config.data.seen_before == "refuse":
@@ -95,13 +98,13 @@ def check_stage_transition(
     return StageTransition(
         attempt=0,
         parent=str(parent),
-        parent_manifest_sha256=manifest_sha256(parent),
+        parent_manifest_sha256=None if unwritten else manifest_sha256(parent),
         parent_step=before.step,
         parent_adam_steps=before.adam_steps,
         parent_consumed_tokens=before.consumed_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         same_model=True,
-        same_tokenizer=True,
+        same_tokenizer=known,
         data_in_common=shared,
         # Older ledgers have this alone.
         sources_compared=common.is_deep,
@@ -116,15 +119,40 @@ def check_stage_transition(
     )
 
 
-def _model_changes(before: CheckpointManifest, setup: Setup, parent: Path) -> list[str]:
+def _check_tokenizer(
+    before: CheckpointManifest, setup: Setup, manifest: Manifest, parent: Path | str
+) -> bool:
+    """Return whether the data's tokenizer is that of the parent; False where nobody knows.
+
+    Raises DataError when it is another one, or nobody knows and `run.allow` does not permit that.
+    """
+    tokenizer = before.data.tokenizer_sha256
+    if tokenizer == manifest.tokenizer_sha256:
+        return True
+    if tokenizer is not None:
+        raise DataError(
+            f"{manifest.path} was made with tokenizer {manifest.tokenizer_sha256[:12]}, "
+            f"run.init_from ({parent}) was trained with {tokenizer[:12]}; "
+            "prepare the data with the same one"
+        )
+    if TOKENIZER in setup.config.run.allow:
+        return False
+    raise DataError(
+        f"run.init_from ({parent}) has no tokenizer.model to compare with that of "
+        f"{manifest.path}; if it is the same, say so: run.allow=[{TOKENIZER}]"
+    )
+
+
+def _model_changes(before: CheckpointManifest, setup: Setup, parent: Path | str) -> list[str]:
     """Return the changes of the model that `run.allow` names. Raises CheckpointError for others."""
     config = setup.config
     model = before.config.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"run.init_from ({parent}): {MANIFEST} does not say config.model")
 
-    now = config.model_dump(mode="json")["model"]
-    differences = config_differences({"model": model}, {"model": now})
+    # A checkpoint that has the key without a value is one that lacks it.
+    model = {key: value for key, value in model.items() if (key, value) != ("rope_scaling", None)}
+    differences = config_differences({"model": model}, {"model": model_facts(config)})
     refused = [text for text in differences if not _is_allowed(text, config.run.allow)]
     if not refused:
         return differences

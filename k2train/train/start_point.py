@@ -24,9 +24,11 @@ from k2train.checkpoint.verify import has_bad_block
 from k2train.config.load import Config
 from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError, RunError, UnavailableError
+from k2train.record.changes import unfinished_deferral
 from k2train.record.events import Entry, Resumed, Started
 from k2train.retry import exists_retried
 from k2train.train.resume_check import same_position
+from k2train.train.spike_history import unfinished_return
 from k2train.train.state import TrainState
 
 
@@ -105,6 +107,17 @@ def wanted_checkpoints(
     """
     folder, resume = directory / "checkpoints", config.run.resume
     found = list_checkpoints(folder)
+    if (back := unfinished_return(entries)) is not None:
+        # Later ones are of the branch that the run has left.
+        newest = checkpoint_order(back.checkpoint)
+        found = [path for path in found if checkpoint_order(path.name) <= newest]
+    if (step := unfinished_deferral(entries)) is not None:
+        # Later ones may have begun the chunk that a person has deferred.
+        order = check.order
+        consumed = order.consumed_chunks(step)
+        inside = step > 0 and not order.is_chunk_end(step)
+        newest = (consumed, step if inside else 0)
+        found = [path for path in found if checkpoint_order(path.name) <= newest]
     if resume == "never":
         if found or exists_retried(directory / "ledger.jsonl"):
             raise RunError(

@@ -28,12 +28,13 @@ from k2train.record.system_info import environment_facts
 from k2train.retry import is_passing, reason
 from k2train.run_lock.lock import RunLock
 from k2train.text import bytes_text, counted
+from k2train.train.changes_by_hand import log_change
 from k2train.train.choose import Chosen
 from k2train.train.engine import Engine
+from k2train.train.expectations import ExpectingRunLogger
 from k2train.train.held_out_sets import held_out_texts_note
 from k2train.train.memory_report import memory_line
 from k2train.train.preflight import Start
-from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.run_logger import RunLogger
 from k2train.train.schedule_change import ScheduleChange, schedule_change
 from k2train.train.shutdown import OpenRun
@@ -77,7 +78,7 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
         try:
             start.checkpoints.mkdir(parents=True, exist_ok=True)
             leftovers = _remove_leftovers(start)
-            run.logger = RankZeroRunLogger(start, run.monitor.stop)
+            run.logger = ExpectingRunLogger(start, run.monitor.stop)
         except UserError as error:
             problem = str(error)
         except UnavailableError as error:
@@ -234,6 +235,7 @@ def log_started(logger: RunLogger, start: Start, engine: Engine) -> None:
             taken_over_from=logger.taken_over_from,
         )
     )
+    log_change(logger, start, None)
 
 
 def log_transition(logger: RunLogger, transition: StageTransition, scored: bool) -> None:
@@ -292,6 +294,7 @@ def log_resumed(
         logger.info(told)
     for line in schedule.lines():
         logger.info(line)
+    log_change(logger, start, manifest, chosen.allowed)
 
 
 def log_stage_transition(logger: RunLogger, event: StageTransition) -> None:

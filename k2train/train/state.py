@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from k2train.checkpoint.manifest import SaveFacts
 from k2train.errors import CheckpointError
 from k2train.guard.nonfinite import NonFiniteCounter
+from k2train.guard.reaction import Reaction
 from k2train.guard.spikes import SpikeAlert
 from k2train.json_record import first_mistake
 
@@ -29,6 +30,7 @@ class Guards:
 
     finite: NonFiniteCounter = field(default_factory=NonFiniteCounter)
     spikes: SpikeAlert = field(default_factory=SpikeAlert)
+    reaction: Reaction = field(default_factory=Reaction)
 
 
 @dataclass
@@ -86,6 +88,9 @@ class TrainState:
             )
         if onset is not None and onset > self.step:
             return f"guard.spikes.open.onset ({onset}) is after step {self.step}"
+
+        if problem := self.guard.reaction.contradiction(self.step):
+            return problem
 
         # Moments come from the stage before, with the updates applied to them there.
         before = parent.get("parent_adam_steps", 0) if parent.get("moments_kept", True) else 0

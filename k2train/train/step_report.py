@@ -6,14 +6,18 @@ from math import isfinite
 
 import torch
 
+from k2train.guard.spike_verdict import SpikeVerdict, per_rate
 from k2train.plan.cost import flops_per_token
 from k2train.plan.device_peak import peak_flops, peak_precision
 from k2train.record.events import ChunkStarted, Faults, Spike, StepSkipped
 from k2train.record.metrics import StepRecord
-from k2train.train.engine import StepResult
+from k2train.record.rollback_events import StepRechecked
 from k2train.train.preflight import Start
+from k2train.train.recheck import Rechecked, recheck_text
+from k2train.train.row_exposure import SubsetLosses
 from k2train.train.run_logger import RunLogger
 from k2train.train.state import TrainState
+from k2train.train.step_result import StepResult
 
 
 class StepReport:
@@ -51,6 +55,7 @@ class StepReport:
         seconds: float,
         ids: str,
         state_root: str | None,
+        subsets: SubsetLosses | None = None,
     ) -> None:
         """Report a finished step: its metrics row, and an event where values were changed."""
         order, tokens = self.start.order, self.start.setup.step_tokens
@@ -75,6 +80,8 @@ class StepReport:
                 seconds=seconds,
                 peak_memory_bytes=self._peak_memory_bytes(),
                 state_root=state_root,
+                update_norm=result.update_norm,
+                subsets=subsets,
             )
         )
         if result.faults:
@@ -83,7 +90,8 @@ class StepReport:
 
     def skipped(self, state: TrainState, result: StepResult) -> None:
         """Report a step that was not applied, and why: not finite, or too large."""
-        step, in_a_row = state.step, state.guard.finite.in_a_row
+        step, guard = state.step, state.guard
+        in_a_row = guard.reaction.outliers.in_a_row if result.outlier else guard.finite.in_a_row
         name, rows = self.start.order.position(step).name, self.start.order.rows_of(step)
         bad = [key for key, norm in result.norms.items() if norm != norm or norm == float("inf")]
         self.logger.event(
@@ -96,6 +104,7 @@ class StepReport:
                 grad_norm=str(result.grad_norm),
                 tensors=tuple(bad[:8]),
                 in_a_row=in_a_row,
+                reason="outlier" if result.outlier else None,
             )
         )
         self.logger.info(
@@ -104,6 +113,8 @@ class StepReport:
         )
 
     def _reason(self, result: StepResult, bad: Sequence[str]) -> str:
+        if result.outlier:
+            return f"loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g} far from usual"
         if bad:
             return f"gradient of {bad[0]} not finite"
         if not isfinite(result.loss):
@@ -114,16 +125,32 @@ class StepReport:
         )
         return f"gradient norm {result.grad_norm:.3g} is too large {clipped}"
 
-    def spikes(self, state: TrainState, result: StepResult) -> None:
-        """Observe an applied step, and report the spikes that it opened or closed."""
-        policy = self.start.setup.config.spikes.policy
-        for facts in state.guard.spikes.observe(state.step, result.loss, result.grad_norm):
-            spike = Spike(attempt=self.logger.attempt, policy=policy, **facts)
-            self.logger.event(spike)
-            self.logger.info(
-                f"spike {spike.kind} at step {state.step}: "
-                f"loss {result.loss:.4f}, grad_norm {result.grad_norm:.3g}"
+    def rechecked(self, step: int, found: Rechecked) -> None:
+        """Report a step that was computed again, and which rank was wrong."""
+        self.logger.event(
+            StepRechecked(
+                attempt=self.logger.attempt,
+                step=step,
+                chunk=self.start.order.position(step).name,
+                same=found.same,
+                ranks=found.ranks,
+                losses=tuple(str(sums.loss) for sums in found.sums),
+                grad_norms=tuple(str(sums.grad_norm) for sums in found.sums),
+                tensors=found.tensors,
+                applied=found.applied,
             )
+        )
+        self.logger.info(f"step {step}, done again: {recheck_text(found)}")
+
+    def spikes(self, state: TrainState, result: StepResult, lr: float) -> list[SpikeVerdict]:
+        """Observe an applied step; report its verdicts on spikes, and return them."""
+        policy = self.start.setup.config.spikes.policy
+        update = per_rate(result.update_norm, lr)
+        found = state.guard.spikes.observe(state.step, result.loss, result.grad_norm, update)
+        for verdict in found:
+            self.logger.event(Spike(attempt=self.logger.attempt, policy=policy, **verdict.row()))
+            self.logger.info(verdict.sentence(result.loss, result.grad_norm))
+        return found
 
     def _peak_memory_bytes(self) -> int:
         """Return this rank's peak device memory, or the process's peak resident size on a CPU."""

@@ -157,8 +157,8 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ),
         ("run.stop_after_steps=0", "run.stop_after_steps: must be at least 1, is 0"),
         (
-            "spikes.policy=stop",
-            "spikes.policy: stop is not available: this version only alerts; set alert",
+            "spikes.policy=skip",
+            "spikes.policy: skip is not one of alert, skip_step, rollback_and_defer, stop",
         ),
         ("optimizer.betas=[0.9, 0.95, 0.99]", "optimizer.betas: must have 2 values, has 3"),
         ("optimizer.betas=[0.9]", "optimizer.betas[1]: missing; the list is too short"),

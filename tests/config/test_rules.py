@@ -34,6 +34,18 @@ RULES = [
         ),
     ),
     (
+        [
+            "model.rope_scaling.type=llama3",
+            "model.rope_scaling.factor=8",
+            "model.rope_scaling.original_max_position_embeddings=64",
+            "model.rope_scaling.low_freq_factor=4",
+        ],
+        (
+            "model.rope_scaling.high_freq_factor (4) must be above "
+            "model.rope_scaling.low_freq_factor (4): raise it; Llama 3 has 4 and 1"
+        ),
+    ),
+    (
         ["model.hidden_size=130"],
         (
             "model.hidden_size (130) must be divisible by model.num_heads (4); "

@@ -11,6 +11,7 @@ from k2train.data.order import ChunkOrder, apply_events, make_order, rank_rows
 from k2train.errors import DataError, RunError
 from k2train.record.event import UnknownEvent
 from k2train.record.events import ChunkDeferred, ChunkStarted
+from k2train.record.rollback_events import RolledBack
 from tests.support.events import entries, event
 
 
@@ -190,3 +191,28 @@ def test_steps_outside_the_data() -> None:
     for step in (0, 3, -1):
         with pytest.raises(DataError, match=f"step {step} is outside the data: .* 1 to 2"):
             order.rows_of(step)
+
+
+def test_the_published_order_comes_out_of_two_returns() -> None:
+    """Catches a deferral that ends elsewhere: K2 read chunks 0-15, 32-37, 44-51 and the rest
+    ascending, and moved 160 and then 186 to the very end by hand.
+    """
+    first = [*range(16), *range(32, 38), *range(44, 52)]
+    listed = [*first, *(n for n in range(360) if n not in first)]
+    order = ChunkOrder(tuple(f"chunk_{n:03d}" for n in listed), (1,) * 360, 1)
+
+    def back(chunk: str, before: ChunkOrder) -> RolledBack:
+        step = before.first_step(before.names.index(chunk)) - 1
+        return event(RolledBack, chunks=(chunk,), step=step, order_index=359)
+
+    one = back("chunk_160", order)
+    two = back("chunk_186", apply_events(order, entries(one), "ledger"))
+    after = apply_events(order, entries(event(ChunkStarted), one, two), "ledger")
+    rest = [n for n in listed if n not in (160, 186)]
+    assert after.names == tuple(f"chunk_{n:03d}" for n in [*rest, 160, 186])
+
+
+def test_a_return_after_a_bad_restart_moves_nothing() -> None:
+    """Catches an order that changes although no data is blamed."""
+    order = ChunkOrder(("a", "b"), (2, 2), 2)
+    assert apply_events(order, entries(event(RolledBack, step=1)), "ledger") == order

@@ -20,8 +20,10 @@ COMMANDS = (*MODULES, *TOOL_NAMES)
 NEED_NOTHING = {
     "bench_checkpoint",
     "bench_data",
+    "bench_exact",
     "bench_profile",
     "bench_schedules",
+    "bench_spikes",
     "bench_watch",
     "config_reference",
     "fault_run",

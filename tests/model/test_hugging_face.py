@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.llama_names import transformers_name
+from k2train.hf.names import transformers_name
 from k2train.launch.environment import Launch
 from k2train.optim.lr_schedule import rate
 from tests.support.gloo_pool import GlooPool

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2train.model.architecture import RopeScaling
 from k2train.model.initialize import (
     BLOCK_ROWS,
     attach_rotary,
@@ -176,6 +177,37 @@ def test_rotary_tables_are_exact_far_out(theta: float) -> None:
         assert table.dtype == torch.float32 and table.shape == (POSITIONS, 1, 1, 128)
         last = table[8191, 0, 0].double().numpy()
         assert np.abs(last - np.tile(function(angles), 2)).max() < 1e-7
+
+
+def test_stretched_positions_are_those_of_transformers() -> None:
+    """Catches a wavelength at the wrong side of a bound, and a factor that is not applied."""
+    transformers = pytest.importorskip("transformers")
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    given = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=1,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **given},
+    )
+    theirs = modeling.LlamaRotaryEmbedding(config)
+    cos, sin = theirs(torch.zeros(1), torch.arange(512)[None])
+
+    ours = Rotary(64, 512, 500.0, CPU, RopeScaling(**given))
+    plain = Rotary(64, 512, 500.0, CPU)
+    # Their angles are products of two fp32 numbers of at most 511.
+    assert (ours.cos[:, 0, 0] - cos[0]).abs().max() < 1e-4
+    assert (ours.sin[:, 0, 0] - sin[0]).abs().max() < 1e-4
+    # The fastest stay, the slowest are eight times as slow, and some are in between.
+    angle = torch.atan2(ours.sin[1, 0, 0, :32], ours.cos[1, 0, 0, :32])
+    before = torch.atan2(plain.sin[1, 0, 0, :32], plain.cos[1, 0, 0, :32])
+    assert angle[0] == before[0] and float(angle[-1]) * 8 == pytest.approx(before[-1].item(), 1e-4)
+    assert ((angle / before > 0.13) & (angle / before < 0.99)).sum() >= 2
 
 
 def test_rotary_tables_survive_a_cast_of_the_model() -> None:

@@ -43,7 +43,7 @@ def toy_workspace(folder: Path, **orders: Any) -> Workspace:
         folder / "work",
         folder / "out",
         recipe,
-        SimpleNamespace(model=b""),
+        SimpleNamespace(files={"tokenizer.model": b""}),
         tasks,  # type: ignore[arg-type]
     )
 

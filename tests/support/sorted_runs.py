@@ -103,7 +103,8 @@ def workspace_of(
 
     The sources of each subset are spread over `tasks` tasks; a run holds `capacity` tokens.
     """
-    tokenizer = cast(Tokenizer, SimpleNamespace(model=b"none", vocab_size=vocab))
+    named = SimpleNamespace(files={"tokenizer.model": b"none"}, vocab_size=vocab)
+    tokenizer = cast(Tokenizer, named)
     groups: list[tuple[EncodeTask, list[Text]]] = []
     for name in recipe.subsets:
         for number in range(tasks):

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from k2train.processes import descendants
 from k2train.run_lock.lock import RunLock
 from k2train.train.monitor import RunMonitor
 from k2train.train.preflight import Start, prepare_start, run_directory
-from k2train.train.run import build
+from k2train.train.run import build, train_to_end
 from k2train.train.shutdown import OpenRun
 from k2train.train.trainer import Trainer
 from tests.support import forkserver
@@ -230,6 +231,15 @@ def opened(launch: Launch, start: Start) -> Iterator[OpenRun]:
         monitor.close()
 
 
+def _changed(
+    run: OpenRun, verify: bool, change: Callable[[Trainer], None], start: Start
+) -> Trainer | None:
+    trainer = build(start, run, verify=verify)
+    if trainer is not None:
+        change(trainer)
+    return trainer
+
+
 def trainer_job(
     launch: Launch, tree: dict[str, Any], change: Callable[[Trainer], None] = nothing
 ) -> int | str:
@@ -246,11 +256,10 @@ def trainer_job(
             ControlFiles(run_directory(config)).refuse_start()
         begun = prepare_start(config, launch.world_size, verify=launch.rank == 0)
         with opened(launch, begun) as run:
-            trainer = build(begun, run, verify=launch.rank == 0)
-            if trainer is None:
+            code = train_to_end(begun, run, partial(_changed, run, launch.rank == 0, change))
+            if code is None:
                 return f"finished: {begun.candidates[0].name}"
-            change(trainer)
-            run.code = trainer.run()
+            run.code = code
         return run.code
     except UserError as error:
         return f"{type(error).__name__}: {error}"

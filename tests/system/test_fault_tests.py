@@ -532,10 +532,16 @@ def judged_as(judged: tuple[TinyRun, Reference], name: str) -> tuple[TinyRun, st
 def test_the_runner_finds_broken_code(
     patch: str, fault: str, told: str, server: ForkServer, judged: tuple[TinyRun, Reference]
 ) -> None:
-    """Catches a runner that cannot fail: each patch is a change that somebody could make."""
+    """Catches a runner that cannot fail: each patch is a change that somebody could make.
+
+    The run's own resume drill is off: it would stop a bad restart before the runner compares.
+    """
+    world, name, reference = judged_as(judged, patch)
     restarts = Restarts(
         server,
-        *judged_as(judged, patch),
+        world.changed(("audit.resume_drill", "off")),
+        name,
+        reference,
         environments=[{"FAULT_RUN_PATCH": f"code_patches:{patch}"}] * 2,
     )
     restarts.attempt(fault, limit=60)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from benchmarks.llama_names import transformers_name
+from k2train.hf.names import transformers_name
 from tests.model.test_hugging_face import hugging_face
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (

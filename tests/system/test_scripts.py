@@ -251,6 +251,8 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
         "train stage 1",
         "train stage 2",
         "show the result",
+        "what the model says before training",
+        "what it says after training",
         "done",
         "what to do next",
     ]

@@ -23,7 +23,6 @@ from tests.support.command_line import HANG_SECONDS, load_tool, soon
 
 tool = load_tool("gpu_check")
 
-from benchmarks import llama_names  # noqa: E402
 from benchmarks.gpu import aims, runner  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
 from benchmarks.gpu.processes import run_to_end  # noqa: E402
@@ -49,6 +48,7 @@ from gpu_checks.numerics import DifferentError, Trace  # noqa: E402
 from gpu_checks.page import page  # noqa: E402
 from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
 from k2train.errors import EXIT_INTERRUPTED, RunError  # noqa: E402
+from k2train.hf import names as llama_names  # noqa: E402
 from k2train.model.kernels import select  # noqa: E402
 from k2train.processes import descendants, live_processes  # noqa: E402
 from k2train.record.events import Starting  # noqa: E402

@@ -351,7 +351,7 @@ def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(
         *words, "--tokenizer", corpus.folder / "none.model"
     )
     path = corpus.manifest.path
-    assert f"{path}: not a sentencepiece model" in refuse(*words, "--tokenizer", path)
+    assert f"{path}: not a tokenizer.json" in refuse(*words, "--tokenizer", path)
     content = json.loads(path.read_text())
     assert f"with the hash of the data ({content['tokenizer_sha256'][:12]})" in shown
     path.write_text(json.dumps({**content, "tokenizer_sha256": UNKNOWN_TOKENIZER}))

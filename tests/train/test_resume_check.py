@@ -105,6 +105,19 @@ def test_what_moves_the_position_can_never_be_allowed(
     assert "run.allow" not in str(refused.value) and "change the config back" in str(refused.value)
 
 
+def test_the_order_of_sums_belongs_to_an_exact_run(folder: Path, tmp_path: Path) -> None:
+    """Catches a run that goes on with other bits unnoticed; a run that is not exact has no key."""
+    assert "exact" not in identity(folder)["run"]
+    exact = identity(folder, run__exact=True)
+    assert exact["run"]["exact"] == {"unit": 1, "leaf": 1}
+    path = saved(folder, tmp_path, 2)
+    with pytest.raises(CheckpointError, match=r"run\.exact\.unit: absent -> 1"):
+        check_same_run(path, exact, ())
+    assert check_same_run(path, exact, ("run.exact",))
+    changed = identity(folder, run__exact=True, batch__exact_leaf=2)
+    assert identity_differences(exact, changed) == ["run.exact.leaf: 1 -> 2"]
+
+
 def test_nothing_changed_needs_no_name(folder: Path, tmp_path: Path) -> None:
     assert check_same_run(saved(folder, tmp_path, 1), identity(folder), ()) == []
 

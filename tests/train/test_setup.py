@@ -67,3 +67,19 @@ def test_the_rate_is_that_of_the_step() -> None:
     setup = Setup.of(tiny_config(lr__kind="linear", lr__warmup_steps=4, lr__final=0.0), 1)
     assert setup.learning_rate(2, 10) == setup.config.lr.peak * 2 / 4
     assert setup.learning_rate(10, 10) == 0.0
+
+
+def test_an_exact_run_plans_the_sums_of_its_tree() -> None:
+    """Catches a plan that is too small: 8 leaves on one rank need three more sums of everything."""
+    plain, leaf_1, leaf_8 = (
+        Setup.of(tiny_config(batch__global_sequences=8, **exact), 1)
+        for exact in ({}, {"run__exact": True}, {"run__exact": True, "batch__exact_leaf": 8})
+    )
+    bytes_of = [s.memory(s.work("cpu"), 0).state.gradients_bytes for s in (plain, leaf_1, leaf_8)]
+    assert bytes_of[1] == 4 * bytes_of[0] and bytes_of[2] == bytes_of[0]
+    # Ranks of 12 leaves have two parts each: 8 + 4 and 4 + 8.
+    two = [
+        s.memory(s.work("cpu"), 0).transfer_bytes
+        for s in (Setup.of(tiny_config(run__exact=exact), 2) for exact in (False, True))
+    ]
+    assert two[1] == 2 * two[0]

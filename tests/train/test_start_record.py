@@ -17,7 +17,7 @@ from k2train.guard.stop_signals import StopAsked, StopRequest
 from k2train.model.kernels.select import choose_kernels
 from k2train.parallel.grid import Axis
 from k2train.record import jsonl, ledger
-from k2train.record.events import Starting, Stopped, Takeover
+from k2train.record.events import Change, Starting, Stopped, Takeover
 from k2train.record.ledger import read_ledger
 from k2train.train import start_record
 from k2train.train.preflight import Start, prepare_start
@@ -207,7 +207,9 @@ def test_a_start_records_whether_bits_repeat(start: Start, monkeypatch: pytest.M
     kernels = config.kernels.model_copy(update={"deterministic": False})
     loose_config = config.model_copy(update={"kernels": kernels})
     loose = replace(start, setup=replace(start.setup, config=loose_config))
-    before = SimpleNamespace(config=config.model_dump(mode="json"), step=4)
+    before = SimpleNamespace(
+        config=config.model_dump(mode="json"), step=4, chunks=SimpleNamespace(order=())
+    )
     chosen: Any = SimpleNamespace(
         path=Path("ckpt_001"), manifest=before, refused=(), allowed=(), is_new=False
     )
@@ -225,7 +227,8 @@ def test_a_start_records_whether_bits_repeat(start: Start, monkeypatch: pytest.M
         engine = on_cuda(deterministic)
         start_record.log_started(logger, start, engine)
         start_record.log_resumed(logger, loose, engine, chosen, ())
-    assert [event.deterministic for event in logger.events] == [True, True, False, False]
+    starts = [event for event in logger.events if not isinstance(event, Change)]
+    assert [event.deterministic for event in starts] == [True, True, False, False]
     assert sum("was true up to this checkpoint" in line for line in logger.lines) == 2
     notes = [list(start_record._notes(of, "cuda")) for of in (start, loose)]
     assert [sum("sums have no fixed order" in (n or "") for n in told) for told in notes] == [0, 1]
@@ -238,7 +241,7 @@ def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(start.directory / "a"))
 
     monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
-    monkeypatch.setattr(start_record, "RankZeroRunLogger", no_room)
+    monkeypatch.setattr(start_record, "ExpectingRunLogger", no_room)
     for free, words in ((0, r"inodes are used up, see df -i"), (9, r"No space left on device$")):
         facts = SimpleNamespace(f_files=100, f_favail=free)
         monkeypatch.setattr("k2train.retry.os.statvfs", lambda path, facts=facts: facts)

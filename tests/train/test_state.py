@@ -13,7 +13,9 @@ import pytest
 
 from k2train.checkpoint.manifest import SaveFacts
 from k2train.errors import CheckpointError
+from k2train.guard.drift import Drift
 from k2train.guard.nonfinite import NonFiniteCounter
+from k2train.guard.reaction import OutlierCounter, Reaction, Return
 from k2train.guard.spikes import SpikeAlert
 from k2train.train.state import Guards, TrainState
 from tests.support.tiny_model import save_facts
@@ -22,7 +24,10 @@ from tests.support.tiny_model import save_facts
 def in_a_spike() -> SpikeAlert:
     alert = SpikeAlert()
     for step in range(1, 102):
-        alert.observe(step, 2.0 + step % 7 / 100 if step <= 100 else 9.0, 1.0)
+        alert.observe(step, 2.0 + step % 7 / 100 if step <= 100 else 9.0, 1.0, 0.5)
+    # What no open event leaves behind together with it.
+    alert.unusual_since = 100
+    alert.drift = Drift([2.0], [2.0], [2.0], score=1.0, since=90, warned=True)
     return alert
 
 
@@ -31,7 +36,11 @@ STATE = TrainState(
     adam_steps=99,
     loss=9.0,
     parent={"parent": "runs/a/checkpoints/ckpt_004", "moments_kept": True},
-    guard=Guards(NonFiniteCounter(in_a_row=1, total=3), in_a_spike()),
+    guard=Guards(
+        NonFiniteCounter(in_a_row=1, total=3),
+        in_a_spike(),
+        Reaction(OutlierCounter(in_a_row=1, total=2), Return("malignant", onset=90, until=120)),
+    ),
 )
 """Every field has a value that no new state has."""
 
@@ -61,8 +70,17 @@ def test_every_item_is_saved_and_restored(place: tuple[str, ...]) -> None:
 def test_the_keys_are_those_of_the_format() -> None:
     """Older checkpoints have them under these names."""
     assert {*STATE.to_json()} == {"step", "adam_steps", "loss", "parent", "guard"}
-    assert {*STATE.to_json()["guard"]} == {"finite", "spikes"}
-    assert {*STATE.to_json()["guard"]["spikes"]} == {"losses", "log_grads", "open"}
+    assert {*STATE.to_json()["guard"]} == {"finite", "spikes", "reaction"}
+    assert {*STATE.to_json()["guard"]["spikes"]} == {
+        "losses",
+        "log_grads",
+        "open",
+        "log_updates",
+        "usual",
+        "accepted",
+        "unusual_since",
+        "drift",
+    }
 
 
 def test_a_new_item_needs_one_field() -> None:

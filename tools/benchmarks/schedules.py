@@ -47,15 +47,20 @@ class Watched:
             )
 
     def step(self, batch: Tensor) -> dict[str, Any]:
-        """Run one optimizer step; returns its seconds, loss and spans."""
+        """Run one optimizer step; returns its seconds, also of the processor, loss and spans."""
         config, grid = self.engine.config, self.engine.grid
         mine = batch.chunk(grid.dp.size)[grid.dp.rank]
         self.spans = []
         dist.barrier()
-        start = time.monotonic()
+        start, worked = time.monotonic(), time.process_time()
         parts = [MicroBatch(part) for part in mine.split(config.batch.micro_sequences)]
         result = self.engine.train_step(parts, config.lr.peak)
-        return {"seconds": time.monotonic() - start, "loss": result.loss, "spans": self.spans}
+        return {
+            "seconds": time.monotonic() - start,
+            "cpu_seconds": time.process_time() - worked,
+            "loss": result.loss,
+            "spans": self.spans,
+        }
 
 
 def run(task: dict[str, Any], rank: int) -> list[list[dict[str, Any]]]:

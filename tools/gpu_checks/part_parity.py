@@ -17,7 +17,6 @@ from benchmarks.cpu.llama import Llama, LossOf, loss_of
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.engines import world_of_one
 from benchmarks.gpu.peers import optional, work_of
-from benchmarks.llama_names import transformers_name
 from gpu_checks.numerics import (
     CPU,
     Distance,
@@ -32,6 +31,7 @@ from gpu_checks.numerics import (
     tensors_of,
     trace,
 )
+from k2train.hf.names import transformers_name
 
 FP32 = {"loss": 2e-5, "gradient": 2e-4}
 BF16 = {"loss": 2e-2, "gradient": 1e-1}

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from k2train.data.chunk import open_chunk
+from k2train.data.load_tokenizer import load_tokenizer
 from k2train.data.manifest import ChunkInfo, Manifest, RecipeFacts
-from k2train.data.tokenizer import EOS_ID, K2_SPECIAL_TOKENS, Tokenizer
+from k2train.data.tokenizer import MODEL_NAME, Tokenizer
 from k2train.errors import DataError
 from k2train.retry import is_file_retried
 
 Facts = dict[str, Any]
 
-TOKENIZER_NAME = "tokenizer.model"
 DOCUMENTS = {
     "read": "documents_read",
     "used": "training_documents",
@@ -199,12 +199,12 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
     recorded one has another.
     """
     recorded = manifest.facts.tokenizer
-    specials = (recorded and recorded.specials) or K2_SPECIAL_TOKENS
-    own = manifest.folder / (Path(recorded.file).name if recorded else TOKENIZER_NAME)
+    specials = recorded.specials if recorded else None
+    own = manifest.folder / (Path(recorded.file).name if recorded else MODEL_NAME)
 
     if given is not None or (recorded and is_file_retried(own)):
         path = given or own
-        tokenizer = Tokenizer.load(path, specials, recorded.prefix if recorded else "drop")
+        tokenizer = load_tokenizer(path, specials, recorded.prefix if recorded else "drop")
         hashed = re.fullmatch(r"[0-9a-f]{64}", manifest.tokenizer_sha256) is not None
         # Imported data may name its tokenizer in words; then there is no hash to compare.
         if tokenizer.sha256 != manifest.tokenizer_sha256 and (hashed or given is None):
@@ -219,7 +219,7 @@ def find_tokenizer(manifest: Manifest, given: Path | None) -> Tokenizer | None:
     for path in (own, manifest.folder.parent / own.name):
         if (
             is_file_retried(path)
-            and (found := Tokenizer.load(path, specials)).sha256 == manifest.tokenizer_sha256
+            and (found := load_tokenizer(path, specials)).sha256 == manifest.tokenizer_sha256
         ):
             return found
     return None
@@ -248,7 +248,7 @@ def text_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Facts]:
 
     # The None at the end flushes the last run of ordinary tokens.
     for token in [*ids, None]:
-        control = token is not None and (token <= EOS_ID or token >= tokenizer.base_size)
+        control = token is not None and tokenizer.is_control(token)
         if token is not None and not control:
             run.append(token)
             continue

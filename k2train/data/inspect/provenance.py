@@ -84,7 +84,7 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
 
     Raises DataError.
     """
-    table = _read(manifest, [info], ("subset", "fim", "repeat", "source", "length"))
+    table = read_pieces(manifest, [info], ("subset", "fim", "repeat", "source", "length"))
     keys = [name for name in ("subset", "fim", "repeat") if name in table.column_names]
     groups = table.group_by(keys).aggregate([("length", "sum"), ("length", "count")]).to_pylist()
     parts = [
@@ -118,18 +118,20 @@ def chunk_facts(manifest: Manifest, info: ChunkInfo) -> Facts:
     }
 
 
-def pieces_of(manifest: Manifest, info: ChunkInfo, rows: range) -> dict[int, list[Facts]]:
+def pieces_of(manifest: Manifest, info: ChunkInfo, rows: Collection[int]) -> dict[int, list[Facts]]:
     """Read the pieces of each row, in order, with positions and names as recorded.
 
     Raises DataError when the provenance is missing or damaged, or does not cover a row exactly.
     """
-    check_rows(info, rows)
-    table = _read(
-        manifest,
-        [info],
-        (*ALWAYS, *LATER),
-        lambda field: (field("row") >= rows.start) & (field("row") < rows.stop),
-    )
+    within = rows if isinstance(rows, range) else range(min(rows), max(rows) + 1)
+    check_rows(info, within)
+
+    def condition(field: Callable[[str], Any]) -> Any:
+        # The range is what row group statistics are compared with.
+        inside = (field("row") >= within.start) & (field("row") < within.stop)
+        return inside if within is rows else inside & field("row").isin(list(rows))
+
+    table = read_pieces(manifest, [info], (*ALWAYS, *LATER), condition)
     pieces: dict[int, list[Facts]] = {row: [] for row in rows}
     for item in table.to_pylist():
         piece = {name: item.get(name) for name in (*ALWAYS, *LATER)}
@@ -170,7 +172,7 @@ def subset_of_rows(
     path = _path(manifest, info)
     if info.provenance_sha256 != sha256_file(path, progress):
         raise DataError(f"{path}: is not the file that {manifest.path} was written with")
-    table = _read(manifest, [info], ("row", "subset"), lambda field: field("row") < rows)
+    table = read_pieces(manifest, [info], ("row", "subset"), lambda field: field("row") < rows)
 
     found: list[str | None] = [None] * rows
     for row, subset in zip(*(table[key].to_pylist() for key in ("row", "subset")), strict=True):
@@ -190,7 +192,7 @@ def _path(manifest: Manifest, info: ChunkInfo) -> Path:
     return path
 
 
-def _read(
+def read_pieces(
     manifest: Manifest,
     infos: Collection[ChunkInfo],
     columns: Collection[str],
@@ -279,9 +281,9 @@ def find_document(
     items: list[Facts] = []
     # First the files with any match, then all columns of these: documents are in few chunks.
     if infos:
-        found = _read(manifest, infos.values(), [FILE], condition)[FILE].unique().to_pylist()
+        found = read_pieces(manifest, infos.values(), [FILE], condition)[FILE].unique().to_pylist()
         if holding := [infos[path] for path in found]:
-            items = _read(manifest, holding, (*ALWAYS, *LATER, FILE), condition).to_pylist()
+            items = read_pieces(manifest, holding, (*ALWAYS, *LATER, FILE), condition).to_pylist()
     if not items:
         raise DataError(_not_found(manifest, name, subset, source))
 
@@ -333,7 +335,7 @@ def _not_found(manifest: Manifest, name: str, subset: str | None, source: str | 
 
     names: set[str] = set()
     for info in manifest.all_chunks()[:HINT_CHUNKS]:
-        for column in _read(manifest, [info], ("source", "document")).columns:
+        for column in read_pieces(manifest, [info], ("source", "document")).columns:
             names.update(value for value in column.unique().to_pylist() if value)
 
     near = difflib.get_close_matches(name, sorted(names)[:20000], n=3, cutoff=0.6)

@@ -17,8 +17,10 @@ from k2train.record.events import (
     Started,
     StepSkipped,
     Stopped,
+    deferrals_of,
 )
 from k2train.record.metrics import StepRecord
+from k2train.record.rollback_events import RolledBack
 
 TRAINED, SKIPPED, TO_COME = "trained", "skipped", "to come"
 NEVER, HELD_OUT, LEFT_OUT = "never read", "held out", "not in the order"
@@ -92,7 +94,7 @@ def check_started(order: ChunkOrder, entries: Sequence[Entry], where: str) -> No
     Raises RunError at the first difference.
     """
     # Chunks started before a deferral may have had another position.
-    deferrals = [i for i, entry in enumerate(entries) if isinstance(entry.event, ChunkDeferred)]
+    deferrals = [i for i, entry in enumerate(entries) if deferrals_of(entry.event)]
 
     for entry in entries[deferrals[-1] + 1 if deferrals else 0 :]:
         event = entry.event
@@ -118,7 +120,7 @@ def steps_done(entries: Iterable[Entry], newest: StepRecord | None) -> int:
         if isinstance(event, Started | Resumed):
             attempt = event.attempt
             done = event.step if isinstance(event, Resumed) else 0
-        elif isinstance(event, ChunkDeferred):
+        elif isinstance(event, ChunkDeferred | RolledBack):
             # Later steps, and the metrics of the attempt that did them, belong to the order before.
             done, attempt = min(done, event.step), event.attempt + 1
         elif isinstance(event, ChunkStarted):
@@ -142,7 +144,7 @@ def steps_skipped(entries: Iterable[Entry]) -> frozenset[int]:
     for event in (entry.event for entry in entries):
         if isinstance(event, StepSkipped):
             skipped.add(event.step)
-        elif isinstance(event, Started | Resumed | ChunkDeferred):
+        elif isinstance(event, Started | Resumed | ChunkDeferred | RolledBack):
             back_to = 0 if isinstance(event, Started) else event.step
             skipped = {step for step in skipped if step <= back_to}
     return frozenset(skipped)

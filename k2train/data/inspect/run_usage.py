@@ -27,7 +27,7 @@ from k2train.data.inspect.run_progress import (
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
 from k2train.errors import DataError, RunError
-from k2train.record.events import CheckpointSaved, ChunkDeferred, Entry, Started, of_kind
+from k2train.record.events import CheckpointSaved, Entry, Started, deferrals_of, of_kind
 from k2train.record.metrics import last_record
 from k2train.retry import is_file_retried
 from k2train.safe_json import read_plain_file
@@ -77,7 +77,7 @@ class Run:
                 self._entries_after(base.name),
             )
 
-        self.deferred = len(of_kind(entries, ChunkDeferred))
+        self.deferred = sum(len(deferrals_of(entry.event)) for entry in entries)
 
         # A checkpoint's own record answers alone; otherwise ledger and metrics give the progress.
         if asked is not None:

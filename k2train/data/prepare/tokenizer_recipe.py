@@ -6,11 +6,12 @@
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from k2train.config.messages import Contradiction
+from k2train.data.load_tokenizer import default_specials, load_tokenizer
 from k2train.data.tokenizer import K2_SPECIAL_TOKENS, DummyPrefix, Tokenizer
 
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -35,10 +36,11 @@ class TrainTokenizer(Section):
 
 
 class TokenizerRecipe(Section):
-    """The sentencepiece model, and how to train it when its file is absent.
+    """A sentencepiece model or a `tokenizer.json`, and how to train the first when it is absent.
 
     With `train` it is trained on all documents of the subsets, whatever their shares. `specials`
-    get the ids after its pieces. They exist only as ids and are never produced from text.
+    get the ids after its pieces, none by default after those of a `tokenizer.json`. They exist only
+    as ids and are never produced from text.
     `dummy_prefix` keeps or drops the space that LLaMA's model puts in front of a document.
     """
 
@@ -49,10 +51,27 @@ class TokenizerRecipe(Section):
 
     def load(self, path: Path | None = None) -> Tokenizer:
         """Read the tokenizer, from `path` if it is not `model`. Raises DataError."""
-        return Tokenizer.load(path or self.model, self.specials, self.dummy_prefix)
+        return load_tokenizer(path or self.model, self.specials, self.dummy_prefix)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_specials(cls, written: Any) -> Any:
+        """Leave out K2's special tokens where the tokenizer is a file with its own."""
+        if not isinstance(written, dict) or "specials" in written:
+            return written
+        model = written.get("model")
+        if not isinstance(model, str | Path):
+            return written
+        return {**written, "specials": default_specials(Path(model))}
 
     @model_validator(mode="after")
     def _distinct(self) -> "TokenizerRecipe":
         if len(set(self.specials)) != len(self.specials):
             raise Contradiction("specials names a token twice", ("specials",))
+        if self.train is not None and self.model.suffix == ".json":
+            raise Contradiction(
+                "train makes a sentencepiece model, and model names a tokenizer.json, which is not "
+                "trained here: leave out train, or name a .model",
+                ("train",),
+            )
         return self

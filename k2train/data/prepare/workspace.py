@@ -8,7 +8,7 @@
 
     context.json          recipe, target folder, and which subset reads which sources
     sources.jsonl         one line per source, in the order of the encode tasks
-    tokenizer.model
+    tokenizer.model       or tokenizer.json with tokenizer_config.json
     runs/task_00000/...   sorted runs of encode task 0, and its record `record.json`
     plan/...              results of the plan
     chunks/chunk_000.json record of a chunk; the chunk itself is in the target folder
@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from k2train.data.load_tokenizer import save_tokenizer, tokenizer_file
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.source import Source
 from k2train.data.tokenizer import Tokenizer
@@ -74,8 +75,7 @@ class Workspace:
                 for source in task.sources:
                     stream.write((json.dumps(source.facts) + "\n").encode())
 
-        with AtomicFile(folder / "tokenizer.model") as stream:
-            stream.write(tokenizer.model)
+        save_tokenizer(folder, tokenizer)
 
         # The context is written last: it marks the folder as complete.
         context = {
@@ -122,7 +122,7 @@ class Workspace:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the preparation, from the work folder."""
-        return self.recipe.tokenizer.load(self.folder / "tokenizer.model")
+        return self.recipe.tokenizer.load(tokenizer_file(self.folder))
 
     @property
     def chunk_names(self) -> list[str]:

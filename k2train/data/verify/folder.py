@@ -17,10 +17,10 @@ from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 
+from k2train.data.load_tokenizer import load_tokenizer
 from k2train.data.manifest import Manifest, SubsetFacts
 from k2train.data.source_record import SOURCES_NAME
 from k2train.data.text_record import TEXTS_NAME
-from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError, UnavailableError
 from k2train.files import sha256_file
 from k2train.retry import list_retried
@@ -92,7 +92,7 @@ def _tokenizer_problems(manifest: Manifest) -> Iterable[str]:
         ]
 
     try:
-        tokenizer = Tokenizer.load(path, recorded.specials, recorded.prefix)
+        tokenizer = load_tokenizer(path, recorded.specials, recorded.prefix)
     except (DataError, UnavailableError) as error:
         return [f"{error}; {AGAIN}"]
 

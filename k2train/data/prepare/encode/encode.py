@@ -41,7 +41,6 @@ from k2train.data.prepare.sources.readers import (
 )
 from k2train.data.prepare.sources.rejected import REJECTED_NAME
 from k2train.data.prepare.workspace import EncodeTask, Workspace, process_suffix, write_json
-from k2train.data.tokenizer import EOS_ID
 from k2train.errors import DataError
 from k2train.files import AtomicFile
 from k2train.retry import list_retried
@@ -54,7 +53,6 @@ MAX_REJECTED_SHARE = 0.5
 
 OUTCOMES = ("documents", "outside", "short", "not_chosen", "filtered")
 """What becomes of a document that was read, by subset."""
-_EOS = np.array([EOS_ID], dtype=np.int32)
 
 
 def drawn_position(seed: int, source_key: str, name: str) -> int:
@@ -322,10 +320,11 @@ class _TaskEncoder:
     def _encode(self) -> None:
         batch, self.batch = self.batch, _Batch()
         encoded = encode_documents(self.tokenizer, batch.items)
+        end = np.array([self.tokenizer.eos_id], dtype=np.int32)
         for encoder, index, key, ordinal, name, position, hashed in batch.entries:
             # Index -1 is a document that is kept for its text hash only.
             ids, fim = (
-                ((encoded[index], _EOS), KINDS.index(batch.items[index].kind))
+                ((encoded[index], end), KINDS.index(batch.items[index].kind))
                 if index >= 0
                 else ((), 0)
             )

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from k2train.data.tokenizer import EOS_ID, Ids, Tokenizer
+from k2train.data.tokenizer import Ids, Tokenizer
 from k2train.errors import DataError
 
 Kind = Literal["none", "psm", "spm"]
@@ -173,7 +173,7 @@ def restore(tokenizer: Tokenizer, ids: Iterable[int] | npt.NDArray[np.integer]) 
     of a row that begins inside one.
     """
     numbers = [int(token) for token in ids]
-    if numbers and numbers[-1] == EOS_ID:
+    if numbers and numbers[-1] == tokenizer.eos_id:
         numbers.pop()
     # -1 for a special token that the tokenizer lacks; no id equals it.
     special_ids = [

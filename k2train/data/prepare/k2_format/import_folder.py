@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.data.chunk import ChunkInfo, Manifest, check_files, read_manifest, write_manifest
+from k2train.data.load_tokenizer import TOKENIZER_FILES, load_tokenizer, save_tokenizer
 from k2train.data.manifest import MANIFEST_NAME
 from k2train.data.prepare.k2_format.chunk import (
     IMPORT_VERSION,
@@ -33,7 +34,7 @@ from k2train.data.prepare.k2_format.chunk import (
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.run.executor import exclusive
 from k2train.data.prepare.run.local import Workers
-from k2train.data.prepare.run.publish import TOKENIZER_NAME, swap_in, sweep
+from k2train.data.prepare.run.publish import swap_in, sweep
 from k2train.data.prepare.write.provenance import require_pyarrow
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
@@ -80,7 +81,7 @@ def import_k2(
         },
     }
     if given is not None:
-        facts["tokenizer"] = {"file": TOKENIZER_NAME, **given.facts}
+        facts["tokenizer"] = {"file": next(iter(given.files)), **given.facts}
         if given.model_has_prefix:
             # The ids are those of the files: nobody here decided how they were encoded.
             facts["tokenizer"]["dummy_prefix"] = AS_PUBLISHED
@@ -96,7 +97,7 @@ def import_k2(
             if existing is None:
                 infos = _run_tasks(_tasks(files, work, vocab_size), workers, progress)
                 if given is not None:
-                    given.save(work / "data" / TOKENIZER_NAME)
+                    save_tokenizer(work / "data", given)
                 _complete(work / "data", output, infos, tokenizer_hash, vocab_size, facts)
 
             _remove(work)
@@ -108,7 +109,7 @@ def import_k2(
 
 def _load_tokenizer(path: Path, vocab_size: int, sha256: str | None) -> Tokenizer:
     """Load a tokenizer. Raises DataError when it has more ids, or another hash than the given."""
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"vocab_size ({vocab_size}) must be at least that "
@@ -171,7 +172,7 @@ def _complete(
     facts: dict[str, Any],
 ) -> None:
     """Make a data folder of the finished chunks and rename it to `output`."""
-    sweep(target, infos, {TOKENIZER_NAME})
+    sweep(target, infos, set(TOKENIZER_FILES))
     write_manifest(
         target,
         tokenizer_sha256=tokenizer_hash,

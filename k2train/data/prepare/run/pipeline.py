@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from k2train.data.load_tokenizer import TOKENIZER_FILES
 from k2train.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from k2train.data.prepare.allocate.text_flags import seen_texts
 from k2train.data.prepare.encode.fill_in_middle import require_specials
@@ -21,7 +22,7 @@ from k2train.data.prepare.encode.vocabulary import obtain_tokenizer
 from k2train.data.prepare.progress import Progress
 from k2train.data.prepare.recipe import Recipe
 from k2train.data.prepare.run.executor import LOCK_NAME, exclusive, run_phases
-from k2train.data.prepare.run.publish import TOKENIZER_NAME, damaged, finish, is_data_folder
+from k2train.data.prepare.run.publish import damaged, finish, is_data_folder
 from k2train.data.prepare.source import Source
 from k2train.data.prepare.sources.changes import changed_sources, sources_identity
 from k2train.data.prepare.sources.listing import encode_tasks, list_sources
@@ -43,13 +44,13 @@ from k2train.retry import exists_retried, is_file_retried, is_folder_retried, li
 # Part of the identity of a preparation: increase it when the same recipe would give other bytes.
 PREPARATION_VERSION = 3
 
-OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME, TEXTS_NAME}
+OTHER_FILES = {LOCK_NAME, MANIFEST_NAME, SOURCES_NAME, REJECTED_NAME, *TOKENIZER_FILES, TEXTS_NAME}
 WORK_PARTS = {
     REJECTED_NAME,
     CONTEXT_NAME,
     LOCK_NAME,
     "sources.jsonl",
-    TOKENIZER_NAME,
+    *TOKENIZER_FILES,
     "runs",
     "plan",
     "chunks",

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from k2train.data.chunk import ChunkInfo, Manifest
+from k2train.data.load_tokenizer import load_tokenizer, save_tokenizer
 from k2train.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from k2train.data.prepare.allocate.text_flags import seen_texts
 from k2train.data.prepare.sources.rejected import REJECTED_NAME, rejected_lines
@@ -23,12 +24,9 @@ from k2train.data.prepare.workspace import HELD_OUT, Workspace, read_json, write
 from k2train.data.prepare.write.text_files import merge_texts
 from k2train.data.source_record import SOURCES_NAME
 from k2train.data.text_record import TEXTS_NAME
-from k2train.data.tokenizer import Tokenizer
 from k2train.errors import DataError
 from k2train.files import AtomicFile, sha256_file, sync_directory
 from k2train.retry import exists_retried, is_file_retried, is_folder_retried, list_retried
-
-TOKENIZER_NAME = "tokenizer.model"
 
 
 def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
@@ -48,8 +46,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
     rejected = _write_rejected(workspace)
     texts = _write_texts(workspace)
     tokenizer = workspace.tokenizer
-    with AtomicFile(target / TOKENIZER_NAME) as stream:
-        stream.write(tokenizer.model)
+    save_tokenizer(target, tokenizer)
 
     facts: dict[str, Any] = {
         "name": recipe.name,
@@ -62,7 +59,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
         "texts": texts,
         # A plan of an older version does not say what it left out.
         "seen": plan["seen"] if "seen" in plan else list(seen_texts(recipe)),
-        "tokenizer": {"file": TOKENIZER_NAME, **tokenizer.facts},
+        "tokenizer": {"file": next(iter(tokenizer.files)), **tokenizer.facts},
         "road": version,
         "python": platform.python_version(),
         "seed": recipe.seed,
@@ -74,7 +71,7 @@ def finish(workspace: Workspace, inputs_sha256: str, version: int) -> Manifest:
     }
 
     chunks = [info for info in (*infos.values(), held_out) if info is not None]
-    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, TOKENIZER_NAME, TEXTS_NAME})
+    sweep(target, chunks, {SOURCES_NAME, REJECTED_NAME, *tokenizer.files, TEXTS_NAME})
     # The manifest is last: it makes the folder a data folder.
     write_manifest(
         target,
@@ -225,7 +222,7 @@ def _damaged_tokenizer(manifest: Manifest) -> list[str]:
         return []
     path = manifest.folder / recorded.file
     try:
-        found = Tokenizer.load(path, recorded.specials, recorded.prefix).sha256
+        found = load_tokenizer(path, recorded.specials, recorded.prefix).sha256
     except DataError:
         found = ""
     return [] if found == manifest.tokenizer_sha256 else [recorded.file]

@@ -1,0 +1,1 @@
+"""Hugging Face: folders of transformers' LLaMA from checkpoints, and checkpoints from folders."""

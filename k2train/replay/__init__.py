@@ -1,0 +1,1 @@
+"""Replay of recorded steps: make a checkpoint again from the one before it, and compare."""

@@ -1,0 +1,96 @@
+"""Runs as recorded, opened by a tool: ledger, newest readable checkpoint, data; and earlier stages.
+
+- Not a command. Tools that ask what a run has read share it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints
+from k2train.checkpoint.manifest import read_manifest as read_checkpoint
+from k2train.data.inspect.run_progress import RecordedCheckpoint
+from k2train.data.inspect.run_usage import Run
+from k2train.data.manifest import short_list
+from k2train.errors import CheckpointError, DataError, RunError
+from k2train.record.events import StageTransition, of_kind
+from k2train.record.ledger import read_ledger
+from k2train.retry import is_folder_retried
+
+MOST_STAGES = 64
+"""Stages that are followed back; a longer chain goes in a circle."""
+
+
+def open_run(directory: Path, checkpoint: str | None = None, data: Path | None = None) -> Run:
+    """Open a run from its ledger and a checkpoint; `data` if it has moved.
+
+    With `checkpoint`, a number or name, that one's record alone answers.
+    Raises RunError, CheckpointError or DataError.
+    """
+    if not is_folder_retried(directory):
+        raise RunError(
+            f"{directory} is not a directory; give that of a run, such as runs/demo-stage1"
+        )
+    entries = read_ledger(directory / "ledger.jsonl")
+    asked = _checkpoint(directory, checkpoint) if checkpoint is not None else None
+    return Run(directory, entries, asked or _newest_checkpoint(directory), asked, data)
+
+
+def earlier_stages(run: Run) -> Iterator[Run | str]:
+    """Yield the runs that a run's weights come from, each up to the checkpoint it was left at.
+
+    Yields a note, and ends, where one cannot be read.
+    """
+    for _ in range(MOST_STAGES):
+        moves = of_kind(run.entries, StageTransition)
+        if not moves:
+            return
+        checkpoint = _located(Path(moves[-1].parent), run.directory)
+        try:
+            run = open_run(checkpoint.parents[1], checkpoint.name)
+        except (RunError, CheckpointError, DataError, IndexError) as error:
+            yield f"the stage before ({moves[-1].parent}) was not searched: {error}"
+            return
+        yield run
+
+
+def _located(written: Path, directory: Path) -> Path:
+    """Locate a path of a config, which is relative to the directory where the run was started."""
+    for base in (*directory.resolve().parents, Path()):
+        if is_folder_retried(base / written):
+            return base / written
+    return written
+
+
+def _newest_checkpoint(directory: Path) -> RecordedCheckpoint | None:
+    for path in reversed(list_checkpoints(directory / "checkpoints")):
+        try:
+            return _recorded(path)
+        except CheckpointError:
+            # All checkpoints have the same order up to deferrals, which the ledger has too.
+            continue
+    return None
+
+
+def _checkpoint(directory: Path, wanted: str) -> RecordedCheckpoint:
+    folder = directory / "checkpoints"
+    paths = {path.name: path for path in list_checkpoints(folder)}
+    number = wanted.isascii() and wanted.isdigit()
+    name = checkpoint_name(int(wanted)) if number else wanted
+    if name not in paths:
+        raise CheckpointError(
+            f"{folder} has no {name}: it has {short_list(paths) if paths else 'none'}"
+        )
+    return _recorded(paths[name])
+
+
+def _recorded(path: Path) -> RecordedCheckpoint:
+    manifest = read_checkpoint(path)
+    return RecordedCheckpoint(
+        manifest.name,
+        manifest.step,
+        manifest.consumed_tokens,
+        manifest.config,
+        manifest.data.manifest_sha256,
+        [(chunk.name, chunk.sha256) for chunk in manifest.chunks.order],
+        manifest.data.content_sha256,
+    )
