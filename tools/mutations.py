@@ -349,7 +349,7 @@ MUTATIONS = (
     Mutation(
         "documents without the `</s>` that ends them",
         "k2train/data/prepare/encode/encode.py",
-        "(encoded[index], _EOS)",
+        "(encoded[index], end)",
         "(encoded[index],)",
         "tests/data/prepare/test_encode.py::test_documents_are_encoded_with_their_end",
     ),
@@ -432,9 +432,9 @@ MUTATIONS = (
     ),
     Mutation(
         "restart: bad steps before it are forgotten",
-        "k2train/train/trainer.py",
-        "        self.opened.state = TrainState.of(manifest)\n",
-        "        self.state.step = manifest.step\n",
+        "k2train/train/run_begin.py",
+        "    run.state = TrainState.of(manifest)\n",
+        "    run.state.step = manifest.step\n",
         "tests/train/test_monitor.py::test_bad_steps_are_counted_across_a_restart",
     ),
     Mutation(

@@ -8,6 +8,7 @@ Alternatives considered:
   after a restart.
 """
 
+import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
@@ -47,8 +48,9 @@ class TrainState:
     guard: Guards = field(default_factory=Guards)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the manifest's keys."""
-        return asdict(self)
+        """Return the manifest's keys, as a reader of the manifest finds them: a tuple is a list."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
 
     @classmethod
     def of(cls, manifest: SaveFacts) -> Self:

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,7 +359,7 @@ def test_a_deferral_in_the_ledger_moves_the_chunk(
     assert pool.run(1, trainer_job, ordered) == [0]
     assert compare_runs.differences(base / "runs" / "ordered", run, strict=True) == []
 
-    inspected = load_tool("inspect_data").open_run(Namespace(run=run, checkpoint=None, data=None))
+    inspected = load_tool("inspect_data").open_run(run)
     assert list(dict.fromkeys(row.chunk for row in latest(run / "metrics.jsonl"))) == list(
         inspected.order.names
     )

@@ -131,3 +131,9 @@ def test_what_is_no_state_is_refused(guard: Any, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         TrainState.of(save_facts(1, 1, guard=guard))
     assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_what_is_saved_is_what_is_read() -> None:
+    """Catches a state that a reader finds changed: the stage before is told with a tuple."""
+    state = TrainState(step=3, parent={"data_in_common": ("chunk_000", "chunk_001")})
+    assert state.to_json() == json.loads(json.dumps(state.to_json()))
