@@ -50,7 +50,9 @@ def test_other_kernels_of_a_rank_are_in_the_first_lines(monkeypatch: pytest.Monk
     lines: list[str] = []
     logger = SimpleNamespace(attempt=1, info=lines.append)
     grid = SimpleNamespace(device=torch.device("cpu"))
-    start: Any = SimpleNamespace(candidates=(), parent=None, setup=SimpleNamespace(programs=()))
+    start: Any = SimpleNamespace(
+        candidates=(), parent=None, hugging_face=None, setup=SimpleNamespace(programs=())
+    )
     calls: dict[str, Any] = {
         "decide_precision": start,
         "choose_checkpoint": SimpleNamespace(path=None, step=0),
