@@ -69,8 +69,7 @@ def main(arguments: Sequence[str]) -> int:
             options.plot.write_text(svg(series, found), encoding="utf-8")
         except OSError as problem:
             raise RunError(f"{problem.filename}: {problem.strerror}") from None
-        if options.restarts:
-            print(f"{options.plot}: {counted(len(found), 'event')}", file=sys.stderr)
+        print(f"{options.plot}: {counted(len(found), 'event')} drawn", file=sys.stderr)
     return EXIT_DONE
 
 

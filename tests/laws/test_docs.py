@@ -385,7 +385,7 @@ class Road:
 
     def __init__(self, folder: Path) -> None:
         self.root = folder / "a clone"
-        for name in ("k2train", "tools", "scripts", "configs", "constraints"):
+        for name in ("k2train", "tools", "scripts", "configs", "constraints", "docs"):
             shutil.copytree(
                 ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__")
             )
