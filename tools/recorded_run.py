@@ -15,6 +15,7 @@ from k2train.errors import CheckpointError, DataError, RunError
 from k2train.record.events import StageTransition, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.retry import is_folder_retried
+from k2train.train.deferral import recorded_checkpoint
 
 MOST_STAGES = 64
 """Stages that are followed back; a longer chain goes in a circle."""
@@ -84,13 +85,4 @@ def _checkpoint(directory: Path, wanted: str) -> RecordedCheckpoint:
 
 
 def _recorded(path: Path) -> RecordedCheckpoint:
-    manifest = read_checkpoint(path)
-    return RecordedCheckpoint(
-        manifest.name,
-        manifest.step,
-        manifest.consumed_tokens,
-        manifest.config,
-        manifest.data.manifest_sha256,
-        [(chunk.name, chunk.sha256) for chunk in manifest.chunks.order],
-        manifest.data.content_sha256,
-    )
+    return recorded_checkpoint(read_checkpoint(path))

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from benchmarks.llama_names import transformers_name
 from k2train.data.tokenizer import Tokenizer
 from k2train.data.tokenizer_training import train_tokenizer
+from k2train.hf.names import transformers_name
 from k2train.inference.prompts import Prompt
 from k2train.inference.source import Source
 from tests.support.gloo_pool import GlooPool
