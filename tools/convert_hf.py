@@ -28,13 +28,12 @@ from command_line import Parser, command
 from k2train.command_line import positive
 from k2train.config.load import load_config
 from k2train.errors import EXIT_DONE, CheckpointError, RunError, UserError
-from k2train.hf.checkpoint_source import CheckpointSource, checkpoints_to_try
+from k2train.hf.checkpoint_source import CheckpointSource, architecture_of_model, checkpoints_to_try
 from k2train.hf.estimate import estimate_export
 from k2train.hf.export import SHARD_BYTES, ExportOptions, export, refuse_existing
 from k2train.hf.folder import HuggingFaceFolder
 from k2train.hf.import_folder import NAME, import_folder, notes_of
 from k2train.hf.tokenizer_source import tokenizer_of
-from k2train.model.architecture import Architecture
 from k2train.text import bytes_text, counted, duration
 
 
@@ -73,7 +72,7 @@ def say(text: str) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Print what an export would write."""
     config = load_config(str(options.source), [])
-    a = Architecture.of(config.model)
+    a = architecture_of_model(config.model)
     precision = options.dtype or ("fp32" if config.precision == "fp32" else "bf16")
     beside = options.folder.absolute().parent
     try:

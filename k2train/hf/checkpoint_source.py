@@ -37,7 +37,7 @@ from k2train.errors import CheckpointError, UnavailableError
 from k2train.hf.config_file import DTYPE_NAMES
 from k2train.hf.shapes import tensor_shapes
 from k2train.json_record import first_mistake
-from k2train.model.architecture import Architecture
+from k2train.model.architecture import Architecture, RopeScaling
 from k2train.retry import is_file_retried, is_passing
 
 
@@ -62,7 +62,24 @@ def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
         m = ModelConfig.model_validate(manifest.config.get("model"))
     except ValidationError as error:
         raise CheckpointError(f"{path / MANIFEST}: config.model: {first_mistake(error)}") from None
-    return Architecture.of(m)
+    return architecture_of_model(m)
+
+
+def architecture_of_model(m: ModelConfig) -> Architecture:
+    """Return the architecture of a config's model section."""
+    scaling = m.rope_scaling
+    return Architecture(
+        m.num_layers,
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.num_heads,
+        m.num_kv_heads,
+        m.vocab_size,
+        m.rope_theta,
+        m.norm_eps,
+        m.init_std,
+        None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
+    )
 
 
 class CheckpointSource:

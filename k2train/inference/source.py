@@ -9,7 +9,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -93,7 +93,8 @@ def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
         raise CheckpointError(
             f"{path}: the model section of its config: {first_mistake(error)}"
         ) from None
-    return Architecture.of(model)
+    # The keys of the section are the fields of the architecture, by the same names.
+    return Architecture(**{one.name: getattr(model, one.name) for one in fields(Architecture)})
 
 
 def _section(manifest: CheckpointManifest, name: str) -> dict[str, object]:

@@ -1,8 +1,7 @@
 """Architecture of the model: sizes and constants that are the same for every layout. No torch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Self
 
 from k2train.plan.cost import ModelShape
 
@@ -29,15 +28,6 @@ class Architecture(ModelShape):
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_scaling: RopeScaling | None = None
-
-    @classmethod
-    def of(cls, section: Any) -> Self:
-        """Return the architecture of a config's model section, whose keys have the same names."""
-        found = {one.name: getattr(section, one.name) for one in fields(cls)}
-        if (scaling := found["rope_scaling"]) is not None:
-            values = {one.name: getattr(scaling, one.name) for one in fields(RopeScaling)}
-            found["rope_scaling"] = RopeScaling(**values)
-        return cls(**found)
 
     @property
     def output_std(self) -> float:

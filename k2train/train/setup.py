@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Self
 
 from k2train.config.load import Config, check_world
-from k2train.model.architecture import Architecture
+from k2train.model.architecture import Architecture, RopeScaling
 from k2train.optim.lr_schedule import rate
 from k2train.plan.activations import FP32, ActivationSpec
 from k2train.plan.cost import rank_parameters
@@ -23,8 +23,20 @@ from k2train.plan.sum_tree import most_sums, nodes_of
 
 def architecture_of(config: Config) -> Architecture:
     """Return the `Architecture` of a config's model section."""
-    assert config.model.num_kv_heads is not None, "the config resolves num_kv_heads"
-    return Architecture.of(config.model)
+    m, scaling = config.model, config.model.rope_scaling
+    assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
+    return Architecture(
+        m.num_layers,
+        m.hidden_size,
+        m.ffn_hidden_size,
+        m.num_heads,
+        m.num_kv_heads,
+        m.vocab_size,
+        m.rope_theta,
+        m.norm_eps,
+        m.init_std,
+        None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
+    )
 
 
 @dataclass(frozen=True)
