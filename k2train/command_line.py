@@ -21,11 +21,13 @@ import difflib
 import functools
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TextIO, cast
 
+from k2train.commands import started_as
 from k2train.errors import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -37,12 +39,21 @@ from k2train.errors import (
 UNKNOWN = "unrecognized arguments"
 REQUIRED = "the following arguments are required"
 """Begins of argparse's errors that an option with a wrong name leads to."""
+INVALID = re.compile(r"invalid (\w+) value: ('.*'|\".*\")$", re.DOTALL)
+KINDS = {"int": "a whole number", "float": "a number"}
+"""What argparse calls by the name of a Python function."""
 
 
 class Parser(argparse.ArgumentParser):
     """Argument parser that reports an error as one line, without the usage text."""
 
     _given: Sequence[str] = ()
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        own = started_as()
+        if own and not self.prog.startswith(own):
+            self.prog = own
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; keeps the arguments, for advice in an error."""
@@ -52,6 +63,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error, with what was probably meant, and exit."""
         advice = self._advice() if message.startswith((UNKNOWN, REQUIRED)) else ""
+        message = INVALID.sub(_kind_of_value, message)
         self.exit(EXIT_USAGE, f"{self.prog}: {message}{advice}; see --help\n")
 
     def _advice(self) -> str:
@@ -75,6 +87,12 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(name, options, 1)
             return f"; nearest to {name} is {near[0]}" if near else ""
         return ""
+
+
+def _kind_of_value(found: re.Match[str]) -> str:
+    """Say what a value must be in place of Python's name for it."""
+    kind, value = found.groups()
+    return f"must be {KINDS.get(kind, 'another value')}, not {value}"
 
 
 def positive(text: str) -> int:
@@ -112,9 +130,15 @@ def command(main: Callable[[Sequence[str]], int]) -> Callable[..., int]:
 
 
 def show_any_character() -> None:
-    """Escape what stdout cannot show: documents and names contain any character."""
+    """Escape what stdout cannot show: documents and names contain any character.
+
+    Bytes of stdin that are no text become lone surrogates in every locale, as they do in that of C:
+    whoever reads the line refuses it, and goes on.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def locale_problem(error: UnicodeEncodeError) -> str:

@@ -13,9 +13,13 @@ Alternatives considered:
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +30,8 @@ NO_DIRECTORY_SYNC = frozenset(
 )
 """Error numbers of file systems that cannot fsync a directory."""
 HASH_BLOCK_BYTES = 8 * 2**20
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF})
+"""Error numbers of file systems that cannot lock a folder."""
 NO_LINKS = frozenset(
     {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV}
 )
@@ -115,28 +121,53 @@ def _created(path: Path, content: bytes, synced: bool) -> int:
     return descriptor
 
 
+def is_stream(path: Path) -> bool:
+    """Whether a path is there and takes what is written: a device, a pipe, an open file's name.
+
+    Raises OSError for a disk and for a socket, which are neither written nor replaced.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        raise OSError(errno.ENODEV, "is a disk or a socket, and no file", str(path))
+    if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+        return True
+    try:
+        # `/dev/stdout` is a link into /proc, also where it leads to a file.
+        return os.readlink(path).startswith("/proc/") and stat.S_ISREG(mode)
+    except OSError:
+        return False
+
+
 class AtomicFile:
     """Context manager for a binary file that appears whole and synced, or not at all.
 
-    `mark` separates the temporary files of two processes that write the same file at once.
+    `mark` separates the temporary files of two processes that write the same file at once. A device
+    or a pipe (`/dev/null`, `/dev/stdout`) is written as it is: a file of its name would replace it.
     """
 
     def __init__(self, path: Path, mark: str = "") -> None:
         self.path = path
         self.temporary = path.with_name(f"{path.name}{mark}.tmp")
+        self.streams = is_stream(path)
 
     def __enter__(self) -> IO[bytes]:
-        self.stream = self.temporary.open("wb")
+        self.stream = self.path.open("ab") if self.streams else self.temporary.open("wb")
         return self.stream
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
                 self.stream.flush()
-                os.fsync(self.stream.fileno())
+                if not self.streams:
+                    os.fsync(self.stream.fileno())
         finally:
             self.stream.close()
 
+        if self.streams:
+            return
         if kind is None:
             os.replace(self.temporary, self.path)
             sync_directory(self.path.parent)
@@ -148,3 +179,69 @@ def write_synced(path: Path, text: str) -> None:
     """Write a small text file atomically; it is on the disk on return."""
     with AtomicFile(path) as stream:
         stream.write(text.encode())
+
+
+class OwnFolder:
+    """A new folder that this process alone writes, until `close`: two never share a temporary name.
+
+    What a process has left that was killed is removed. Raises BlockingIOError, and changes nothing,
+    while another one is at work there; OSError when the disk refuses. The kernel releases the lock
+    however its holder ends. Where a file system has no locks, there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with contextlib.suppress(FileNotFoundError):
+            before = locked_folder(path)
+            try:
+                shutil.rmtree(path)
+            finally:
+                os.close(before)
+        path.mkdir(parents=True)
+        self._descriptor = locked_folder(path)
+
+    def close(self) -> None:
+        """Remove the folder, if it still has its name, and release the lock."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._descriptor)
+
+
+def locked_folder(folder: Path) -> int:
+    """Return a descriptor that holds the lock of a folder. Raises BlockingIOError, OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process is at work in `folder`, and keep others waiting until the end.
+
+    The kernel releases the lock however its holder ends, and nothing of it stays on the disk. Where
+    a file system has no locks, there is none. Raises OSError.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of the folders that are empty, in their order; the others stay."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

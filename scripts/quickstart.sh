@@ -12,10 +12,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 cd "$root"
 python=.venv/bin/python
-begin=$SECONDS
-parts=()
-child=""
-signals=0
+self=quickstart
 given="${*:+ $*}"
 for argument in "$@"; do
     case "$argument" in
@@ -28,45 +25,7 @@ done
 # Four processes on one laptop: one thread each.
 export OMP_NUM_THREADS=1
 
-# Each part gets its own process group, so that Ctrl-C and kill reach it only from here, once, and all its processes.
-set -m
-on_signal() {
-    signals=$((signals + 1))
-    if [ "$signals" -eq 1 ] && [ -n "$child" ]; then
-        printf 'quickstart: asked to stop; a training finishes its step and saves\n' >&2
-        kill -TERM -- "-$child" 2>/dev/null || true
-    fi
-}
-trap on_signal INT TERM HUP
-
-# part NAME COMMAND...: run the command, record its time, and end everything with one line if it fails.
-part() {
-    local name="$1" began=$SECONDS code=127 seen now
-    shift
-    if [ "$signals" -gt 0 ]; then stopped "before" "$name"; fi
-    printf '\n== %s\n' "$name"
-    "$@" &
-    child=$!
-    # A trapped signal ends the wait, not the part, which may be saving: wait again. 127: it has ended already.
-    while :; do
-        seen=$signals now=0
-        wait "$child" || now=$?
-        if [ "$now" -ne 127 ]; then code=$now; fi
-        if [ "$signals" -eq "$seen" ]; then break; fi
-    done
-    child=""
-    parts+=("$(printf '%5d s  %s' $((SECONDS - began)) "$name")")
-    if [ "$code" -eq 75 ] || { [ "$code" -ne 0 ] && [ "$signals" -gt 0 ]; }; then stopped "in" "$name"; fi
-    if [ "$code" -ne 0 ]; then
-        printf 'quickstart: "%s" failed (exit code %s); its message is above\n' "$name" "$code" >&2
-        exit "$code"
-    fi
-}
-
-stopped() {
-    printf 'quickstart: stopped %s "%s"; to go on: bash scripts/quickstart.sh%s\n' "$1" "$2" "$given" >&2
-    exit 75
-}
+. scripts/parts.sh
 
 train() {
     # exec: a signal to this part reaches the launcher, and no shell in between.
@@ -85,12 +44,15 @@ part "prepare the text of stage 2" "$python" tools/prepare_data.py configs/demo/
 part "train stage 1" train configs/demo/stage1.yaml "$@"
 part "train stage 2" train configs/demo/stage2.yaml "$@"
 part "show the result" "$python" tools/show_run.py runs/demo-stage1 runs/demo-stage2
+part "write the report of stage 1" "$python" tools/report.py runs/demo-stage1
+part "write the report of stage 2" "$python" tools/report.py runs/demo-stage2
 part "what the model says before training" say runs/demo-stage1/checkpoints/ckpt_000
 part "what it says after training" say runs/demo-stage2
 
-printf '\n== done\n'
-printf '%s\n' "${parts[@]}"
-printf '%5d s  in all\n' $((SECONDS - begin))
+table_of_parts
+
+# The tour goes on by itself, and says at its own end what to do next.
+if [ "${K2TRAIN_PART_OF:-}" = tour ]; then exit 0; fi
 
 # Every command below works right after a quickstart; the run on one process gets the same arguments.
 quoted=""
@@ -98,6 +60,7 @@ if [ "$#" -gt 0 ]; then quoted="$(printf ' %q' "$@")"; fi
 printf '\n== what to do next\n'
 cat <<NEXT
 source .venv/bin/activate
+# curves, chunks, time and events of a run on one page: open runs/demo-stage1/report.html in a browser
 # the documents that one training step was made of
 python tools/inspect_data.py --run runs/demo-stage1 --step 5
 # check every file of a run: ledger, metrics, checkpoints

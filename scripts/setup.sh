@@ -44,6 +44,7 @@ import hashlib, pathlib, re, sys, tomllib
 root, constraints, *asked = sys.argv[1:]
 text = pathlib.Path("pyproject.toml").read_bytes()
 project = tomllib.loads(text.decode())["project"]
+text += pathlib.Path("setup.py").read_bytes()
 extras = project.get("optional-dependencies", {})
 unknown = [name for name in asked if name != "-" and name not in extras]
 if unknown:

@@ -6,7 +6,8 @@
 #     bash scripts/test.sh [--all] --durations      also where the time goes: by test, by file and by mechanism
 #     bash scripts/test.sh tests/plan -k bubble     pytest alone, with these arguments
 #
-# Two workers share the tests (K2TRAIN_TEST_WORKERS=N for another number); many tests start processes of their own.
+# Three workers share the tests (K2TRAIN_TEST_WORKERS=N for another number): of two processors one would idle while a
+# test waits. Many tests start processes of their own.
 # mypy runs beside them. pytest's summary is the last line, unless a check has failed: then its message is.
 set -euo pipefail
 
@@ -49,7 +50,7 @@ trap 'kill "$types" 2>/dev/null || true; rm -f "$types_log"' EXIT
 chosen=()
 if [ "$all" = false ]; then chosen=(-m "not slow"); fi
 code=0
-"$python" -m pytest -q -n "${K2TRAIN_TEST_WORKERS:-2}" "${durations[@]}" "${chosen[@]}" || code=$?
+"$python" -m pytest -q -n "${K2TRAIN_TEST_WORKERS:-3}" "${durations[@]}" "${chosen[@]}" || code=$?
 
 types_code=0
 wait "$types" || types_code=$?

@@ -4,6 +4,8 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -189,3 +191,40 @@ def test_a_command_without_output_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return 5
 
     assert main([]) == 5
+
+
+def test_stdin_that_is_no_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a conversation that ends with a traceback at a line pasted in another encoding."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nb\n"), "utf-8"))
+    found: list[str] = []
+
+    def reading(arguments: object) -> int:
+        found.extend(sys.stdin)
+        return 0
+
+    assert command(reading)([]) == 0
+    assert found == ["\udcff\n", "b\n"]
+
+
+def _of_ours(text: str) -> int:
+    return int(text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    (
+        (int, "argument --value: must be a whole number, not 'x'"),
+        (float, "argument --value: must be a number, not 'x'"),
+        (_of_ours, "argument --value: must be another value, not 'x'"),
+    ),
+)
+def test_a_value_of_another_kind_is_told_in_words(
+    kind: Callable[[str], Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches the name of a function of ours, `invalid _tokens value`, shown to a user."""
+    parser = Parser(prog="tool")
+    parser.add_argument("--value", type=kind)
+    with pytest.raises(SystemExit) as left:
+        parser.parse_args(["--value", "x"])
+    errors = capsys.readouterr().err
+    assert left.value.code == 2 and message in errors and "invalid" not in errors

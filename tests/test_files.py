@@ -4,6 +4,7 @@ import errno
 import hashlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from k2train import files, retry
-from k2train.files import create_once, sha256_file, sync_directory, write_synced
+from k2train.files import OwnFolder, create_once, sha256_file, sync_directory, write_synced
 from k2train.retry import tell_once
 
 
@@ -122,3 +123,63 @@ def test_a_hash_tells_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     digest = sha256_file(tmp_path / "file", lambda: calls.append(None))
     assert digest == hashlib.sha256(b"abcdefghij").hexdigest() == sha256_file(tmp_path / "file")
     assert len(calls) == 3
+
+
+def test_a_folder_of_ones_own(tmp_path: Path) -> None:
+    """Catches two processes that write under one temporary name, and what a killed one has left."""
+    left = tmp_path / "new" / "folder.tmp"
+    left.mkdir(parents=True)
+    (left / "old").touch()
+    own = OwnFolder(left)
+    assert list(left.iterdir()) == []
+    (left / "file").touch()
+    with pytest.raises(BlockingIOError):
+        OwnFolder(left)
+    assert (left / "file").exists()
+    # Under its own name it stays.
+    left.rename(tmp_path / "done")
+    own.close()
+    assert (tmp_path / "done" / "file").exists()
+    OwnFolder(left).close()
+    assert not left.exists()
+
+
+def test_a_folder_without_locks_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a network file system on which nothing can be written at all."""
+    monkeypatch.setattr(files.fcntl, "flock", refusing(errno.ENOLCK))
+    OwnFolder(tmp_path / "folder.tmp").close()
+    monkeypatch.setattr(files.fcntl, "flock", refusing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        OwnFolder(tmp_path / "folder.tmp")
+
+
+def test_a_pipe_and_an_open_file_are_written_as_they_are(tmp_path: Path) -> None:
+    """Catches `--out /dev/null` that puts a file in the place of the device, for all programs."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    try:
+        write_synced(pipe, "through the pipe")
+        assert os.read(reader, 100) == b"through the pipe" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+
+    # As /dev/stdout is of a program whose output goes into a file.
+    target, name = tmp_path / "target.txt", tmp_path / "stdout"
+    with target.open("w", encoding="utf-8") as stream:
+        stream.write("before, ")
+        stream.flush()
+        name.symlink_to(f"/proc/self/fd/{stream.fileno()}")
+        write_synced(name, "after")
+        assert name.is_symlink() and target.read_text(encoding="utf-8") == "before, after"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "stdout", "target.txt"]
+
+
+def test_a_socket_is_neither_written_nor_replaced(tmp_path: Path) -> None:
+    """Catches a file in the place of a socket that a program listens on, or of a disk."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        with pytest.raises(OSError, match="no file"):
+            write_synced(path, "x")
+    assert path.is_socket() and [one.name for one in tmp_path.iterdir()] == ["s"]

@@ -43,7 +43,7 @@ def test_processes_are_told_apart() -> None:
 def test_a_zombie_is_gone_although_its_id_is_taken() -> None:
     """Catches a process waited for although it has ended, because nobody has reaped it."""
     me = this_process()
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "600"]) as child:
         other = replace(me, pid=child.pid, start_ticks=start_ticks(child.pid))
         assert process_state(other, me) == "running"
         child.kill()
@@ -94,7 +94,7 @@ def named(pid: int) -> str:
 
 def test_descendants_are_children_and_theirs() -> None:
     """Catches a grandchild that is left out, and a stranger that is taken in."""
-    program = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
+    program = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", program]) as child:
         try:
             assert soon(lambda: len(descendants([child.pid])) == 1)
@@ -129,9 +129,9 @@ def test_what_cannot_be_read_is_not_gone(error: str, gone: bool) -> None:
 
 def test_start_times_are_in_order() -> None:
     """Catches another field read as the start time."""
-    with subprocess.Popen(["sleep", "60"]) as first:
+    with subprocess.Popen(["sleep", "600"]) as first:
         time.sleep(0.05)
-        with subprocess.Popen(["sleep", "60"]) as second:
+        with subprocess.Popen(["sleep", "600"]) as second:
             assert start_ticks(os.getpid()) <= start_ticks(first.pid) < start_ticks(second.pid)
             second.kill()
         first.kill()

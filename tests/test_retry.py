@@ -2,8 +2,9 @@
 
 import errno
 import hashlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,10 +31,14 @@ from k2train.retry import (
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.001)
+    log = logging.getLogger(retry.__name__)
+    before = log.level
     # Other tests of this process may have begun as the second process of a machine.
     retry.tell_only(first=True)
+    yield
+    log.setLevel(before)
 
 
 def failing(times: int, code: int, then: Callable[[], Any]) -> Callable[[], Any]:

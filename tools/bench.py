@@ -2,11 +2,13 @@
 
     python tools/bench.py cpu [--quick] [--precision fp32|bf16|both] [--json FILE]
                               [--against BASE.json]
+    python tools/bench.py table RECORD.json ...       (Markdown of records that --json wrote)
     python tools/bench.py gpu [--help]                (has its own options)
 
 - Every contender is a set of processes, started once, that take steps on command and in turns. So
   other load on the machine slows all of them alike.
-- Ratios are shown, because absolute rates belong to a machine.
+- Ratios are shown, because absolute rates belong to a machine. Ratios belong to a kind of
+  processor: the report names it, and `table` has one table for each kind.
 - This driver imports no torch.
 - Progress goes to stderr; the table comes last on stdout.
 
@@ -29,13 +31,14 @@ from typing import Any
 
 from command_line import Parser, command, positive
 
-from benchmarks.cpu import against, table
+from benchmarks.cpu import against, page, table
 from benchmarks.cpu.contenders import PRECISIONS, REFERENCE, Contender, choose, variant
 from benchmarks.cpu.machine import commit_of, machine_facts
 from benchmarks.cpu.results import Row, rows_of, verdicts_of
 from benchmarks.cpu.rounds import Plan, run_group
 from benchmarks.cpu.work import Work, parse_work
 from k2train.errors import EXIT_DONE, EXIT_FAILED, RunError
+from k2train.files import write_synced
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,16 +49,28 @@ def main(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == ["gpu"]:
         # This module imports torch, which the processes of `cpu` must not need.
         return int(importlib.import_module("benchmarks.gpu.main").main(arguments[1:]))
-    return _cpu(_parser().parse_args(arguments))
+    options = _parser().parse_args(arguments)
+    if options.kind == "table":
+        print(page.pages(page.read_records(options.records)))
+        return EXIT_DONE
+    return _cpu(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="bench", description="Speed as ratios side by side in one run.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="cpu|gpu")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="cpu|gpu|table")
     kinds.add_parser("gpu", help="one GPU: layers of K2 and whole models (options of its own)")
-    cpu = kinds.add_parser(
-        "cpu", help="the layouts of two to four CPU processes beside their peers"
+    of_records = kinds.add_parser(
+        "table", help="Markdown of records, a table for each kind of processor"
     )
+    of_records.add_argument("records", nargs="+", type=Path, metavar="RECORD.json")
+    _cpu_options(
+        kinds.add_parser("cpu", help="the layouts of two to four CPU processes beside their peers")
+    )
+    return parser
+
+
+def _cpu_options(cpu: argparse.ArgumentParser) -> None:
     cpu.add_argument(
         "--quick", action="store_true", help="under 2 minutes: a few contenders in one group, fp32"
     )
@@ -107,7 +122,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="BASE.json",
         help="run that record's commit beside this tree",
     )
-    return parser
 
 
 def _cpu(options: argparse.Namespace) -> int:
@@ -170,13 +184,14 @@ def _report(
             "layouts": [dataclasses.asdict(c) for c in comparisons],
         }
 
+    # Printed first: a disk that is full by now must not take what minutes of measurement found.
+    print(table.report(facts, rows, verdicts), flush=True)
+    if base:
+        print(f"\n{against.report(comparisons, base, facts['machine'])}", flush=True)
     if path:
-        path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-    print(table.report(facts, rows, verdicts))
+        _write(path, json.dumps(facts, indent=1) + "\n")
 
     if base:
-        print(f"\n{against.report(comparisons, base)}")
         lost = [f"{c.name} ({c.precision})" for c in comparisons if c.lost]
         if lost:
             print(f"slower than the base, or no longer running: {', '.join(lost)}", file=sys.stderr)
@@ -185,6 +200,13 @@ def _report(
     # Without the reference no ratio means anything.
     references = [row for row in rows if row.name == REFERENCE]
     return EXIT_DONE if all(row.problem is None for row in references) else EXIT_FAILED
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_synced(path, text)
+    except OSError as problem:
+        raise RunError(f"--json {path} cannot be written: {problem.strerror}") from None
 
 
 if __name__ == "__main__":

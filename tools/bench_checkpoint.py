@@ -15,7 +15,6 @@
 """
 
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -40,6 +39,7 @@ from k2train.parallel.grid import SINGLE, ProcessGrid, start_process_group, stop
 from k2train.parallel.shard import ParamSlice
 from k2train.parallel.shard_layout import ShardLayout
 from k2train.plan.layout import Layout
+from k2train.processes import peak_resident_bytes
 from k2train.text import bytes_text, table
 from k2train.train.host_memory import startup_objects_frozen
 
@@ -216,7 +216,7 @@ def report(bench: Bench) -> list[str]:
 
     pause = 1000 * statistics.median(bench.pauses)
     lines.append(f"longest pause of another thread in a save in the background: {pause:.1f} ms")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident_bytes()
     lines.append(
         f"{bytes_text(bench.bytes)} per checkpoint, {bytes_text(bench.loaded_bytes)} of them to "
         f"load; peak of resident memory {bytes_text(peak)}"

@@ -172,8 +172,8 @@ def _overrides(kind: str, options: argparse.Namespace) -> list[str]:
             "it out of --schedules"
         )
 
-    if not options.even:
-        keys.append(f"parallel.layers_per_stage=[{','.join(map(str, split))}]")
+    cut = "null" if options.even else f"[{','.join(map(str, split))}]"
+    keys.append(f"parallel.layers_per_stage={cut}")
     return [*WORK, *options.overrides, *keys]
 
 

@@ -110,7 +110,7 @@ def metric_differences(a: Path, b: Path, strict: bool) -> list[str]:
 
     only = sorted(set(rows[0]) ^ set(rows[1]))
     if only and strict:
-        found.append(f"{len(only)} steps are in one run only, the first is {only[0]}")
+        found.append(f"{counted(len(only), 'step')} are in one run only, the first is {only[0]}")
 
     if not set(rows[0]) & set(rows[1]):
         raise RunError(f"{a} and {b} have no step in common")

@@ -18,22 +18,28 @@ Alternatives considered:
 """
 
 import argparse
-import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from command_line import Parser, command
 
 from k2train.command_line import positive
 from k2train.config.load import load_config
-from k2train.errors import EXIT_DONE, CheckpointError, RunError, UserError
-from k2train.hf.checkpoint_source import CheckpointSource, architecture_of_model, checkpoints_to_try
+from k2train.errors import EXIT_DONE, CheckpointError, RunError
+from k2train.hf.chat_template import read_template
+from k2train.hf.checkpoint_source import (
+    CheckpointSource,
+    checkpoints_to_try,
+    newer_save,
+)
 from k2train.hf.estimate import estimate_export
 from k2train.hf.export import SHARD_BYTES, ExportOptions, export, refuse_existing
 from k2train.hf.folder import HuggingFaceFolder
 from k2train.hf.import_folder import NAME, import_folder, notes_of
-from k2train.hf.tokenizer_source import tokenizer_of
+from k2train.hf.tokenizer_source import template_of, tokenizer_of
+from k2train.model.architecture import Architecture
+from k2train.processes import peak_resident_bytes
 from k2train.text import bytes_text, counted, duration
 
 
@@ -72,7 +78,7 @@ def say(text: str) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Print what an export would write."""
     config = load_config(str(options.source), [])
-    a = architecture_of_model(config.model)
+    a = Architecture.of(config)
     precision = options.dtype or ("fp32" if config.precision == "fp32" else "bf16")
     beside = options.folder.absolute().parent
     try:
@@ -84,8 +90,8 @@ def plan(options: argparse.Namespace) -> None:
     for shard in found.shards:
         say(f"{shard.file}  {bytes_text(shard.num_bytes)}  {counted(len(shard.tensors), 'tensor')}")
     say(
-        f"{tensors} tensors in {counted(len(found.shards), 'file')}, {found.num_bytes:,} bytes "
-        f"({bytes_text(found.num_bytes)}) in {precision}; not written"
+        f"{counted(tensors, 'tensor')} in {counted(len(found.shards), 'file')}, "
+        f"{found.num_bytes:,} bytes ({bytes_text(found.num_bytes)}) in {precision}; not written"
     )
     say(
         f"about {duration(found.seconds)} at {bytes_text(found.bytes_per_second)}/s, which the "
@@ -93,29 +99,37 @@ def plan(options: argparse.Namespace) -> None:
     )
 
 
+def untried(source: Path) -> Iterator[Path]:
+    """Yield the checkpoints of `source`, the newest that was not tried yet; a run may go on."""
+    tried: set[Path] = set()
+    while left := [path for path in checkpoints_to_try(source) if path not in tried]:
+        tried.add(left[0])
+        yield left[0]
+
+
 def convert_out(options: argparse.Namespace) -> None:
     """Export a checkpoint."""
     refuse_existing(options.folder)
-    template = None
-    if options.chat_template is not None:
-        try:
-            template = options.chat_template.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{options.chat_template} cannot be read ({error})") from None
-
-    given = ExportOptions(options.dtype, options.shard_bytes, not options.no_check, template)
+    template = None if options.chat_template is None else read_template(options.chat_template)
     refused: list[CheckpointError] = []
-    for path in checkpoints_to_try(options.source):
+    if (newer := newer_save(options.source)) is not None:
+        say(f"{newer} is newer, a save inside a chunk: name it to export that one")
+    for path in untried(options.source):
         try:
             source = CheckpointSource(path, options.dtype)
             tokenizer = tokenizer_of(path, source.manifest, options.tokenizer)
-            say(f"{path}: step {source.manifest.step}, {source.precision} from {source.folder}/")
+            if template is None and tokenizer is not None:
+                template = template_of(path, source.manifest, options.tokenizer)
+            given = ExportOptions(
+                options.dtype, options.shard_bytes, not options.no_check, template
+            )
+            say(f"{path}: step {source.manifest.step}, {source.precision} from {source.values}")
             done = export(source, options.folder, tokenizer, given, say)
         except CheckpointError as error:
             refused.append(error)
             continue
         # Of the program and all its threads, from its start.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = peak_resident_bytes()
         for problem in refused:
             say(f"refused before: {problem}")
         checked = "checked" if given.check else "not checked (--no-check)"
@@ -128,11 +142,9 @@ def convert_in(options: argparse.Namespace) -> None:
     """Import a folder."""
     folder = HuggingFaceFolder(options.folder)
     path = options.to / "checkpoints" / NAME
-    manifest = import_folder(folder, path)
+    import_folder(folder, path)
     for note in notes_of(folder):
         say(note)
-    if manifest.data.tokenizer_sha256 is None:
-        say("the folder has no tokenizer.model: a run must allow it (run.allow=[tokenizer])")
     say(
         f"{path}: {counted(len(folder.tensors), 'tensor')}, {bytes_text(folder.num_bytes)}, "
         f"weights alone; start a run with run.init_from={options.to}"

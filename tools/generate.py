@@ -5,7 +5,8 @@
     python tools/generate.py CKPT_OR_RUN --interactive [--temperature T] [--top-p P] [--seed S]
     torchrun --nproc-per-node 4 tools/generate.py CKPT_OR_RUN --prompt TEXT --tensor 2 --pipeline 2
 
-- A run stands for its newest checkpoint. Only weights are read, and each byte is checked.
+- A run stands for its newest checkpoint that is whole; newer ones are named on stderr. Only weights
+  are read, and each byte is checked.
 - Greedy by default. With a temperature each draw is keyed by seed, prompt and position.
 - FILE holds a prompt a line; a `.jsonl` file objects with `prompt`.
 - An answer ends at the end of a document, after --max-tokens, or at the end of the context.
@@ -16,7 +17,6 @@ import argparse
 import importlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,19 @@ from typing import Any
 
 from command_line import Parser, command, positive
 
-from k2train.errors import ConfigError, UserError
-from k2train.inference.options import Limits, Sampling
+from k2train.errors import UserError
+from k2train.inference.command import (
+    add_options,
+    check_ranks,
+    note,
+    sampling_of,
+    with_one_voice,
+)
+from k2train.inference.options import Limits
 from k2train.inference.prompts import Prompt, encode_prompts, read_prompts
 from k2train.inference.source import Source
 from k2train.inference.text_stream import TextStream
 from k2train.launch.environment import Launch, read_launch
-
-OTHER_RANKS_DELAY_SECONDS = 5.0
-"""Other ranks report a mistake this late, so that the launcher can end them first."""
 
 
 def _parser() -> Parser:
@@ -42,18 +46,10 @@ def _parser() -> Parser:
     asked.add_argument("--prompt", action="append", help="a text to continue; may be repeated")
     asked.add_argument("--prompts", type=Path, help="file with a prompt a line, or .jsonl")
     asked.add_argument("--interactive", action="store_true", help="a prompt a line from stdin")
-    parser.add_argument("--max-tokens", type=positive, default=100, help="longest answer (100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the K most likely tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest P")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--truncate", action="store_true", help="keep the end of long prompts")
     parser.add_argument("--batch", type=positive, default=8, help="prompts at a time (8)")
-    parser.add_argument("--fp32", action="store_true", help="the fp32 master weights")
-    parser.add_argument("--json", action="store_true", help="an object for each prompt")
     parser.add_argument("--tokenizer", type=Path, help="if it is no longer beside the data")
-    parser.add_argument("--tensor", type=positive, default=1, help="tensor-parallel processes")
-    parser.add_argument("--pipeline", type=positive, default=1, help="pipeline-parallel processes")
+    add_options(parser, 100, "prompt")
     return parser
 
 
@@ -61,27 +57,18 @@ def _parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     launch = read_launch()
-    try:
-        return _generate(options, launch)
-    except UserError:
-        # Rank 0 finds the same mistake and says it; the launcher then ends the others.
-        time.sleep(OTHER_RANKS_DELAY_SECONDS if launch.rank else 0)
-        raise
+    return with_one_voice(lambda: _generate(options, launch), launch)
 
 
 def _generate(options: argparse.Namespace, launch: Launch) -> int:
-    ranks = options.tensor * options.pipeline
-    if launch.world_size != ranks:
-        raise ConfigError(
-            f"--tensor ({options.tensor}) x --pipeline ({options.pipeline}) = {ranks} processes, "
-            f"and {launch.world_size} were started: torchrun --nproc-per-node {ranks}"
-        )
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
+    check_ranks(options, launch)
+    sampling = sampling_of(options)
     source = Source.find(options.checkpoint, options.tokenizer)
     # Mistakes are found before torch is there.
     prompts = [] if options.interactive else _prompts(source, options)
     session = importlib.import_module("k2train.inference.session")
-    with session.opened(source, launch, options.tensor, options.pipeline, options.fp32) as model:
+    layout = (options.tensor, options.pipeline)
+    with session.opened(source, launch, *layout, options.fp32, note(launch)) as model:
         limits = Limits(
             options.max_tokens,
             frozenset({source.tokenizer.eos_id}),

@@ -300,6 +300,7 @@ def _attempts(run: Run, step: int, info: ChunkInfo, rows: range) -> list[Facts]:
             "rows": list(record.rows),
             "applied": record.applied,
             "ids": record.ids,
+            **({} if record.targets is None else {"targets": record.targets}),
         }
         for record in records_of_step(path, step)
         if record.chunk
@@ -312,7 +313,9 @@ def _attempts(run: Run, step: int, info: ChunkInfo, rows: range) -> list[Facts]:
                 f"{path} says that step {step} read {last['chunk']} rows {last['rows']}, the order "
                 f"of the run gives {chunk} rows {ours}: one of them no longer belongs to this run"
             )
-        here = None if last["ids"] is None else fingerprint_of_rows(run.manifest, info, rows)
+        here, masked = None, "targets" in last
+        if last["ids"] is not None:
+            here = fingerprint_of_rows(run.folder, run.folder.chunk(chunk), rows, masked)
         if here != last["ids"]:
             raise RunError(
                 f"{path} says that step {step} was fed ids with the hash {last['ids']}, rows "

@@ -4,10 +4,13 @@
 
 - Each mutation replaces one text, which must occur exactly once in its file, in a copy of the
   repository. One named test must then fail there.
+- The repository is copied once. Each mutation has hard links to that copy, and a new file where it
+  breaks one.
 - First all named tests must pass on an unbroken copy: a test that fails anyway proves nothing.
 - A run that hangs, fails to collect or fails to start counts as not caught.
 - Mutations are written by hand: faults that training code has shipped with, or could.
 - Each run is forked from a process that has imported torch and nothing of the repository.
+- A failing example of hypothesis is not made smaller: nobody reads it.
 - Prints a Markdown table with seconds.
 
 Exit codes: 0 every mutation is caught; 1 one is not, or its text does not occur once; 2 a usage
@@ -37,7 +40,8 @@ from k2train.text import markdown_row, markdown_table
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parent.parent
-SKIPPED = (".venv", ".git", "wandb", "*.egg-info", ".*_cache", ".hypothesis")
+SKIPPED = (".venv", ".git", "wandb", "*.egg-info", ".*_cache", ".hypothesis", "*.pyc.*")
+"""The last are compiled files that somebody is writing."""
 PRODUCTS = ("data", "runs", "build")
 """Large folders beside the code at the root; below the root these names are code."""
 LIMIT_SECONDS = 600.0
@@ -49,12 +53,19 @@ WARM = (
     "safetensors.torch",
     "numpy.random",
     "numpy.fft",
+    "pydantic",
+    "pydantic.main",
+    "pydantic.types",
+    "yaml",
+    "torch.distributed.run",
     "pytest",
 )
 OPTIONAL = ("hypothesis", "transformers.models.llama.modeling_llama")
 """What the server imports; the second where they are installed. Nothing that imports the
 repository.
 """
+UNUSED = ("cacheprovider", "xdist", "xdist.looponfail", "anyio", "platformdirs")
+"""Plugins that pytest would load for each run: anyio takes a third of its start."""
 PASSED, FAILED = 0, 1
 CLUMSY = re.compile(r"\b(NameError|ImportError|ModuleNotFoundError|SyntaxError)\b")
 """A fault that breaks the program instead of its numbers proves nothing about a test."""
@@ -71,7 +82,7 @@ class Outcome:
 
 
 def apply(mutation: Mutation, root: Path) -> None:
-    """Write the fault into the copy at `root`.
+    """Write the fault into the copy at `root`; a link becomes a file of its own.
 
     Raises ValueError unless its text occurs exactly once.
     """
@@ -85,6 +96,7 @@ def apply(mutation: Mutation, root: Path) -> None:
 
     broken = source.replace(mutation.old, mutation.new)
     compile(broken, mutation.file, "exec")
+    path.unlink()
     path.write_text(broken, encoding="utf-8")
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
         compiled.unlink()
@@ -103,6 +115,22 @@ def copy_repository(root: Path, target: Path) -> Path:
     return target
 
 
+def linked_copy(clean: Path, target: Path) -> Path:
+    """Copy a copy by hard links, or whole where there are none; milliseconds instead of a second.
+
+    What is written into a file here is written into `clean`, too: see `apply`.
+    """
+    shutil.copytree(clean, target, copy_function=_link)
+    return target
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def warm_server(scratch: Path) -> ForkServer:
     """What runs the tests: a context manager."""
     return ForkServer(
@@ -118,9 +146,11 @@ def run_pytest(
 
     The exit code is None when the run proves nothing: it hung, or the fault breaks the program.
     """
-    code, output = pytest_output(server, root, tests, limit_seconds)
+    # What a test waits for in vain is its failure, before the run counts as one that hung.
+    patience = f"{limit_seconds / 5:.0f}"
+    code, output = pytest_output(server, root, tests, limit_seconds, TEST_PATIENCE_SECONDS=patience)
     if code is None:
-        return None, f"hung for {limit_seconds:.0f} seconds"
+        return None, f"hung for {limit_seconds:.0f} seconds{_place_of(output)}"
 
     lines = output.strip().splitlines()
     # Such an error fails any test, so it proves nothing about this one.
@@ -128,6 +158,12 @@ def run_pytest(
     if code == FAILED and clumsy:
         return None, f"failed with {clumsy[0]}, which any test would see"
     return code, lines[-1] if lines else "no output"
+
+
+def _place_of(output: str) -> str:
+    """Where a run that hung waited: the innermost frame of the main thread."""
+    frames = re.findall(r"most recent call first\):\n +(File .*)", output)
+    return f", in {frames[-1]}" if frames else ""
 
 
 def pytest_output(
@@ -144,9 +180,13 @@ def pytest_output(
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "FAULT_RUN_NESTED": "1",
+        "TEST_SMALLEST_EXAMPLE": "0",
         **variables,
     }
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *arguments]
+    # A run that hangs says where, before it is ended.
+    stacks = f"faulthandler_timeout={0.8 * limit_seconds:.1f}"
+    unused = [part for name in UNUSED for part in ("-p", f"no:{name}")]
+    command = ["-m", "pytest", "-q", "-x", *unused, "-o", stacks, *arguments]
     job = server.start([command], environment, root, merged=True)
     if not server.wait(job, limit_seconds):
         server.end(job)
@@ -156,26 +196,34 @@ def pytest_output(
 
 
 def check_mutation(
-    server: ForkServer, mutation: Mutation, root: Path = ROOT, limit_seconds: float = LIMIT_SECONDS
+    server: ForkServer, mutation: Mutation, clean: Path, limit_seconds: float = LIMIT_SECONDS
 ) -> Outcome:
-    """Break a fresh copy and run the test that must fail there."""
+    """Break a linked copy of `clean` and run the test that must fail there.
+
+    `clean` is a copy of the repository, and in nobody else's hands.
+    """
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
-        copy = copy_repository(root, Path(directory) / "copy")
+    # Links do not reach over file systems.
+    with tempfile.TemporaryDirectory(prefix="mutation_", dir=clean.parent) as directory:
+        copy = linked_copy(clean, Path(directory) / "copy")
         try:
             apply(mutation, copy)
         except (ValueError, SyntaxError, OSError) as error:
             return Outcome(mutation, False, time.monotonic() - begun, str(error))
-        code, detail = run_pytest(server, copy, [mutation.test], limit_seconds)
+        # A hang proves nothing, and may be the machine's: one that is the fault's comes again.
+        for _ in range(2):
+            code, detail = run_pytest(server, copy, [mutation.test], limit_seconds)
+            if not detail.startswith("hung"):
+                break
     return Outcome(mutation, code == FAILED, time.monotonic() - begun, detail)
 
 
 def check_unbroken(
-    server: ForkServer, mutations: Sequence[Mutation], root: Path = ROOT
+    server: ForkServer, mutations: Sequence[Mutation], clean: Path
 ) -> tuple[bool, str]:
     """True when all named tests pass on an unbroken copy; with pytest's last line."""
-    with tempfile.TemporaryDirectory(prefix="mutation_") as directory:
-        copy = copy_repository(root, Path(directory) / "copy")
+    with tempfile.TemporaryDirectory(prefix="mutation_", dir=clean.parent) as directory:
+        copy = linked_copy(clean, Path(directory) / "copy")
         code, detail = run_pytest(
             server, copy, sorted({mutation.test for mutation in mutations}), 3 * LIMIT_SECONDS
         )
@@ -211,13 +259,13 @@ def main(arguments: Sequence[str]) -> int:
         tempfile.TemporaryDirectory(prefix="mutation_") as scratch,
         warm_server(Path(scratch)) as server,
     ):
-        return check(server, chosen)
+        return check(server, chosen, copy_repository(ROOT, Path(scratch) / "clean"))
 
 
-def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
+def check(server: ForkServer, chosen: Sequence[Mutation], clean: Path) -> int:
     """Check the mutations one after the other and print the table; the exit code."""
     # A test that fails without a mutation would count as a catch.
-    passed, detail = check_unbroken(server, chosen)
+    passed, detail = check_unbroken(server, chosen, clean)
     print(f"unbroken: {detail}\n", flush=True)
     if not passed:
         print("a named test fails without a mutation, so nothing can be shown", file=sys.stderr)
@@ -227,7 +275,7 @@ def check(server: ForkServer, chosen: Sequence[Mutation]) -> int:
     print("\n".join(markdown_table(headings, [])), flush=True)
     missed = 0
     for mutation in chosen:
-        outcome = check_mutation(server, mutation)
+        outcome = check_mutation(server, mutation, clean)
         missed += not outcome.caught
         result = "yes" if outcome.caught else f"NO: {outcome.detail}"
         cells = (mutation.name, f"`{mutation.test}`", result, f"{outcome.seconds:.0f}")

@@ -24,13 +24,13 @@ from k2train.errors import EXIT_DONE, RunError
 from k2train.record.events import CheckpointSaved, of_kind
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import latest
+from k2train.report.scale import ticks
 
 Point = tuple[float, float]
 
 WIDTH, HEIGHT = 900, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 30, 44
 COLORS = ("#2171b5", "#d9802f", "#238b45", "#6a51a3")
-TICKS = 6
 
 
 class Curve(NamedTuple):
@@ -117,16 +117,6 @@ circle {{ stroke: white; }} .grid {{ stroke: #ddd; }}</style>
 
 def _finite(points: Sequence[Point]) -> list[Point]:
     return [(tokens, loss) for tokens, loss in points if math.isfinite(loss)]
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round numbers around `low` to `high`, about `TICKS` of them."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / TICKS))
-    step = next(
-        step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= TICKS
-    )
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 10) for number in range(first, last + 1)]
 
 
 def _scale(tokens: float) -> tuple[float, str]:

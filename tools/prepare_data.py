@@ -19,6 +19,7 @@ from pathlib import Path
 
 from command_line import Parser, command
 
+from k2train.commands import program_text
 from k2train.data.inspect.account import account_facts, held_out_notes
 from k2train.data.inspect.left_out import left_out_lines
 from k2train.data.inspect.text import View, render
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
 
     elif options.to_k2 is not None:
         files = export_k2(read_manifest(options.recipe), options.to_k2, progress)
-        print(f"written: {len(files)} files in {options.to_k2}")
+        print(f"written: {counted(len(files), 'file')} in {options.to_k2}")
 
     elif options.estimate:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -129,14 +130,14 @@ def show(manifest: Manifest, result: str, account: bool, tokenizer: str = "") ->
     print("\n".join(summary(manifest, result, tokenizer)))
     if not account:
         folder = shlex.quote(str(manifest.folder))
-        print(f"python tools/inspect_data.py {folder} shows the account")
+        print(f"{program_text('inspect_data')} {folder} shows the account")
 
 
 def summary(manifest: Manifest, result: str, tokenizer: str = "") -> list[str]:
     """Format what was made, and where it is."""
     tokens = sum(info.tokens for info in manifest.chunks)
     rows = sorted({info.rows for info in manifest.chunks})
-    held_out = f", {manifest.held_out.rows:,} rows held out" if manifest.held_out else ""
+    held_out = f", {counted(manifest.held_out.rows, 'row')} held out" if manifest.held_out else ""
     return [
         f"{result}: {counted(len(manifest.chunks), 'chunk')} of "
         f"{span_text(rows[0], rows[-1])} rows of {manifest.sequence_length} = {tokens:,} "

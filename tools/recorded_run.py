@@ -1,20 +1,25 @@
 """Runs as recorded, opened by a tool: ledger, newest readable checkpoint, data; and earlier stages.
 
-- Not a command. Tools that ask what a run has read share it.
+- Not a command. Tools that ask what a run has read, or search in it, share it.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints
 from k2train.checkpoint.manifest import read_manifest as read_checkpoint
 from k2train.data.inspect.run_progress import RecordedCheckpoint
 from k2train.data.inspect.run_usage import Run
+from k2train.data.manifest import read_manifest as read_data
 from k2train.data.manifest import short_list
+from k2train.data.trace.build import Index, open_index
+from k2train.data.trace.exposures import Stage
+from k2train.data.trace.findings import Corpus
 from k2train.errors import CheckpointError, DataError, RunError
 from k2train.record.events import StageTransition, of_kind
 from k2train.record.ledger import read_ledger
-from k2train.retry import is_folder_retried
+from k2train.retry import exists_retried, is_folder_retried
 from k2train.train.deferral import recorded_checkpoint
 
 MOST_STAGES = 64
@@ -52,6 +57,42 @@ def earlier_stages(run: Run) -> Iterator[Run | str]:
             yield f"the stage before ({moves[-1].parent}) was not searched: {error}"
             return
         yield run
+
+
+def corpora_of(path: Path, data: Path | None) -> tuple[list[Corpus], list[str]]:
+    """Open a run's data and that of its earlier stages, or a data folder; notes of what lacks."""
+    if not exists_retried(path / "ledger.jsonl"):
+        return [Corpus(read_data(path), [])], []
+
+    first = open_run(path, data=data)
+    stages, notes = [Stage(first)], []
+    for found in earlier_stages(first):
+        if isinstance(found, Run):
+            stages.append(Stage(found, branch=True))
+        else:
+            notes.append(found)
+
+    corpora: dict[str, Corpus] = {}
+    for stage in stages:
+        manifest = stage.run.manifest
+        known = corpora.setdefault(manifest.sha256, Corpus(manifest, []))
+        corpora[manifest.sha256] = Corpus(known.manifest, [*known.stages, stage])
+    return list(corpora.values()), notes
+
+
+def indexes_of(corpora: Sequence[Corpus], folder: Path | None, check: bool = False) -> list[Index]:
+    """Open the index of each corpus; with several, each has a folder of its own in `folder`."""
+    found = []
+    for corpus in corpora:
+        own = (
+            folder if folder is None or len(corpora) == 1 else folder / corpus.manifest.sha256[:12]
+        )
+        found.append(open_index(corpus.manifest, own, message=_tell, check=check))
+    return found
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _located(written: Path, directory: Path) -> Path:

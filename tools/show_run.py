@@ -269,10 +269,16 @@ def _status(entries: list[Entry]) -> str:
 def _files(directory: Path, entries: list[Entry]) -> list[str]:
     descriptions = {
         "config.yaml": "the resolved config",
-        "ledger.jsonl": f"{len(entries)} events, hash chain verified",
-        "metrics.jsonl": "one line per step",
+        "ledger.jsonl": f"{counted(len(entries), 'event')}, hash chain verified",
+        "metrics.jsonl": "a line of each step, and of each evaluation",
+        "held_out.jsonl": "held-out losses, a line of each set",
+        "state_roots.jsonl": "hashes of the state after some steps",
         "checkpoints": "model and optimizer, safetensors",
-        "wandb": "W&B's copy of the metrics",
+        "wandb": "W&B's copy of the record",
+        "tensorboard": "TensorBoard's copy of the record",
+        "profile": "where the time of some steps went",
+        "spikes": "what each spike was made of",
+        "report.html": "curves and tables, for a browser",
     }
     found = [
         (directory / name, text)

@@ -22,14 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from command_line import Parser, command, positive
-from recorded_run import earlier_stages, open_run
+from recorded_run import corpora_of, indexes_of
 
 from k2train.data.inspect.account import find_tokenizer
-from k2train.data.inspect.run_usage import Run
-from k2train.data.manifest import Manifest, read_manifest
 from k2train.data.tokenizer import Tokenizer
-from k2train.data.trace.build import Index, open_index
-from k2train.data.trace.exposures import Stage
 from k2train.data.trace.findings import Corpus, SpanFinding, findings_of
 from k2train.data.trace.items import (
     ITEM_TOKENS,
@@ -43,7 +39,8 @@ from k2train.data.trace.query import Spelling, TextSpan, search_texts, search_to
 from k2train.data.trace.report import item_lines, span_lines
 from k2train.data.trace.spans import Searcher
 from k2train.errors import EXIT_DONE, DataError, UserError
-from k2train.retry import exists_retried, retried
+from k2train.retry import retried
+from k2train.text import counted
 
 SPAN_TOKENS = 8
 MOST_PLACES = 10
@@ -218,48 +215,17 @@ class Search:
         return " and ".join(str(corpus.manifest.folder) for corpus in self.corpora)
 
 
-def corpora_of(path: Path, data: Path | None) -> tuple[list[Corpus], list[str]]:
-    """Open a run's data and that of its earlier stages, or a data folder; notes of what lacks."""
-    if not exists_retried(path / "ledger.jsonl"):
-        return [Corpus(read_manifest(path), [])], []
-
-    first = open_run(path, data=data)
-    stages, notes = [Stage(first)], []
-    for found in earlier_stages(first):
-        if isinstance(found, Run):
-            stages.append(Stage(found, branch=True))
-        else:
-            notes.append(found)
-
-    corpora: dict[str, Corpus] = {}
-    for stage in stages:
-        manifest = stage.run.manifest
-        known = corpora.setdefault(manifest.sha256, Corpus(manifest, []))
-        corpora[manifest.sha256] = Corpus(known.manifest, [*known.stages, stage])
-    return list(corpora.values()), notes
-
-
-def indexes_of(corpora: Sequence[Corpus], folder: Path | None, check: bool = False) -> list[Index]:
-    """Open the index of each corpus; with several, each has a folder of its own in `folder`."""
-    found = []
-    for corpus in corpora:
-        own = folder if folder is None or len(corpora) == 1 else folder / _short(corpus.manifest)
-        found.append(open_index(corpus.manifest, own, message=_tell, check=check))
-    return found
-
-
 def build(options: argparse.Namespace) -> int:
     """Build or check the index."""
     corpora, notes = corpora_of(options.run, options.data)
     for one in indexes_of(corpora, options.folder, options.check):
-        print(f"{one.folder}: {one.tokens:,} tokens in {len(one.parts)} parts, {one.bytes:,} bytes")
+        print(
+            f"{one.folder}: {one.tokens:,} tokens in {counted(len(one.parts), 'part')}, "
+            f"{one.bytes:,} bytes"
+        )
     for note in notes:
         _tell(f"note: {note}")
     return EXIT_DONE
-
-
-def _short(manifest: Manifest) -> str:
-    return manifest.sha256[:12]
 
 
 def _tell(text: str) -> None:

@@ -95,8 +95,7 @@ def read_sample(
     Raises DataError for a file that cannot be read, and when no text is found.
     """
     sample = TrainingSample(max_bytes)
-    unit = "files" if len(files) != 1 else "file"
-    for name, path in Progress(sys.stderr).track("read", files, unit=unit):
+    for name, path in Progress(sys.stderr).track("read", files, unit="file"):
         subset = SubsetRecipe.model_validate(
             {"kind": kind_of(name), "paths": [str(path)], "text_key": tuple(keys)}
         )

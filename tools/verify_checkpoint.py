@@ -20,9 +20,11 @@ from pathlib import Path
 from command_line import Parser, command
 
 from k2train.checkpoint.file_digest import verify_root
-from k2train.checkpoint.manifest import MANIFEST, is_thinned, list_checkpoints
+from k2train.checkpoint.manifest import MANIFEST, list_checkpoints
+from k2train.checkpoint.moments import why_without_moments
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import EXIT_DONE, EXIT_USAGE, CheckpointError
+from k2train.text import bytes_text, counted
 
 
 def checkpoints_of(path: Path) -> list[Path]:
@@ -46,15 +48,16 @@ def line_of(path: Path, with_root: bool = False) -> str:
     Raises CheckpointError when it is damaged, or its state has another root.
     """
     manifest = verify_checkpoint(path)
-    thinned = ", thinned to its weights" if is_thinned(path) else ""
+    why = why_without_moments(path, manifest)
+    without = f", {why.removeprefix('was ')}" if why else ""
 
     root = ""
     if with_root:
         found = verify_root(path, manifest)
         root = f", root {found}" if found else ", no root to compare"
     return (
-        f"{path}: whole, step {manifest.step}, {manifest.total_files} files, "
-        f"{manifest.total_bytes} bytes{thinned}{root}"
+        f"{path}: whole, step {manifest.step}, {counted(manifest.total_files, 'file')}, "
+        f"{bytes_text(manifest.total_bytes)}{without}{root}"
     )
 
 

@@ -59,6 +59,8 @@ def line_of(report: Report, number: int, count: int) -> str:
     parts.append(counted(report.pieces, "piece") if info.provenance else "no provenance")
     if info.borders:
         parts.append("borders")
+    if info.targets is not None:
+        parts.append(f"{counted(info.targets, 'target')} of its loss mask")
     return (
         f"{number}/{count}  {info.name}  ok  "
         f"{', '.join(parts)}{rate(report.read_bytes, report.seconds)}"

@@ -20,6 +20,7 @@ from command_line import Parser, command
 
 from k2train.errors import EXIT_DONE, EXIT_FAILED, RunError
 from k2train.processes import this_process
+from k2train.text import counted
 from k2train.watchdog.failure_report import read_report
 from k2train.watchdog.hang_analysis import (
     DEAD,
@@ -120,9 +121,10 @@ def headline(
         others = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         return found[0].line() + others
     if not working:
-        return f"the run has ended: {len(seen)} ranks exited by themselves"
+        alone = "itself" if len(seen) == 1 else "themselves"
+        return f"the run has ended: {counted(len(seen), 'rank')} exited by {alone}"
     steps = [one.record.step for one in working if one.record is not None]
-    return f"no rank is stuck: {len(working)} ranks at step {min(steps)}" + (
+    return f"no rank is stuck: {counted(len(working), 'rank')} at step {min(steps)}" + (
         f" to {max(steps)}" if max(steps) > min(steps) else ""
     )
 

@@ -53,6 +53,7 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
 from k2train.parallel.shard_layout import ShardLayout
 from k2train.retry import is_passing
+from k2train.text import counted
 
 AGREE, LOAD = "agree on a checkpoint", "load a checkpoint"
 """Names of the collectives in which other ranks wait while one hashes or reads.
@@ -75,7 +76,8 @@ class ChosenCheckpoint(NamedTuple):
 
     def __str__(self) -> str:
         searched = len(self.refused) + (self.taken is not None)
-        text = f"searched {searched} checkpoints, took {self.taken.name if self.taken else 'none'}"
+        taken = self.taken.name if self.taken else "none"
+        text = f"searched {counted(searched, 'checkpoint')}, took {taken}"
         return text + (
             f", refused {len(self.refused)}: {'; '.join(self.refused)}" if self.refused else ""
         )
@@ -172,8 +174,8 @@ def load_states(
 ) -> bool:
     """Fill the optimizer's flat shards [elements] from checkpoint `path`. Collective.
 
-    - Returns whether the checkpoint had optimizer states.
-    - From a thinned checkpoint only `master` is filled, and the moments are zeroed.
+    - Returns whether the checkpoint had moments.
+    - From a thinned or a merged checkpoint only `master` is filled, and the moments are zeroed.
     - `dtype` is that of the model's weights; weights of a thinned checkpoint are rounded to it
       first.
     - `progress` is called while files are read.
@@ -188,8 +190,10 @@ def load_states(
     _refuse_first(_problem(path, partial(_look, path, seen)), agreement)
 
     manifest, thinned = seen[0]
+    moments = not thinned and manifest.merged is None
     # A thinned checkpoint has weights only: they become the master weights.
-    folder, states = ("model", [MASTER]) if thinned else ("optimizer", list(flat_shards))
+    folder = "model" if thinned else "optimizer"
+    states = list(flat_shards) if moments else [MASTER]
     targets, shapes = _targets(layout, flat_shards, states, thinned)
     _check_tensors(path, folder, manifest, shapes, grid)
     reads: list[Read] = []
@@ -210,15 +214,15 @@ def load_states(
     placed = manifest.format > 2 and on_host and all(read.whole for read in reads)
     told = agreement.sum(torch.tensor([stored, int(not placed)]), LOAD).tolist()
     _check_stored(path, folder, manifest, told[0])
-    if thinned:
+    if not thinned and told[1]:
+        loaded = {state: flat_shards[state] for state in states}
+        _check_state(path, manifest, layout, loaded, grid)
+    for state, flat_shard in flat_shards.items():
         # Without saved moments the optimizer starts anew.
-        for state, flat_shard in flat_shards.items():
-            if state != MASTER:
-                flat_shard.zero_()
-    elif told[1]:
-        _check_state(path, manifest, layout, flat_shards, grid)
+        if state not in states:
+            flat_shard.zero_()
 
-    return not thinned
+    return moments
 
 
 def _refuse_first(mine: Problem, agreement: Agreement) -> None:

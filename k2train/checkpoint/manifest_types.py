@@ -24,7 +24,9 @@ from k2train.checkpoint.run_facts import (
     Json,
     LayoutFacts,
     Loss,
+    MergeFacts,
     ParentFacts,
+    ProductFacts,
     Rate,
     RunIdentity,
 )
@@ -236,6 +238,10 @@ class SaveFacts(Facts):
     fencing_token: Count | None = None
     ledger: LedgerFacts | None = None
     """Absent in checkpoints of older versions."""
+    products: ProductFacts | None = None
+    """Which library computed which product; absent where nothing was measured."""
+    merged: MergeFacts | None = None
+    """What a merged checkpoint was made of; it has master weights and no moments."""
 
 
 class CheckpointManifest(SaveFacts):

@@ -6,8 +6,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from k2train.checkpoint.manifest import read_manifest
 from k2train.checkpoint.shards import drop_caches
 from k2train.checkpoint.side_files import FileTable, side_name
@@ -15,9 +13,8 @@ from k2train.checkpoint.verify import check_folders, has_bad_block, verify_files
 from k2train.errors import CheckpointError, UnavailableError
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
+from k2train.parallel.messages import TEXT
 from k2train.retry import is_passing
-
-_TOLD = TypeAdapter(tuple[str, bool])
 
 
 def read_back(
@@ -27,9 +24,10 @@ def read_back(
 
     Returns what is wrong, and why somebody could not look; None for nothing.
     """
-    told = agreement.all(_check_share(path, folders, grid), _TOLD)
-    problem = next((text for text, away in told if text and not away), None)
-    return problem, next((text for text, away in told if away), None)
+    text, away = _check_share(path, folders, grid)
+    problem = agreement.lowest(None if away else text or None, TEXT)
+    hidden = agreement.lowest(text if away else None, TEXT)
+    return (None if problem is None else problem[1]), (None if hidden is None else hidden[1])
 
 
 def _check_share(path: Path, folders: Sequence[str], grid: ProcessGrid) -> tuple[str, bool]:

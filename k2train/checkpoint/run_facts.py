@@ -97,6 +97,8 @@ class DataIdentity(Facts):
     order: list[ChunkFacts]
     cross_documents: str = "attend"
     borders_sha256: str | None = None
+    loss_mask: str = "none"
+    loss_mask_sha256: str | None = None
     held_out_sha256: str | None = None
 
 
@@ -186,6 +188,17 @@ class LayoutFacts(Facts):
     layers_per_stage: list[Count] | None = None
 
 
+class ProductFacts(Facts):
+    """Library of every product, where `kernels.matmul: measured` measured them."""
+
+    processor: str
+    threads: Positive
+    default: str
+    """Library of the products that are not listed."""
+    products: dict[str, str]
+    """Library by shape, such as `weight 1024x256x768`: n tokens, k inputs and m outputs."""
+
+
 class ParentFacts(Facts):
     """The stage before, and how this one took over from it."""
 
@@ -198,3 +211,23 @@ class ParentFacts(Facts):
     rate_before: Rate | None = None
     rate_after: Rate | None = None
     data_compared: str | None = None
+
+
+class MergedParent(Facts):
+    """A checkpoint that was merged, as it was then."""
+
+    path: str
+    step: Count
+    weight: Number
+    values: Literal["master", "model"]
+    """Whether its fp32 master weights were taken, or what it had in the precision of training."""
+    manifest_sha256: str
+    root: str | None = None
+    """Root of its state; None in one that has none, such as an import."""
+
+
+class MergeFacts(Facts):
+    """What a merged checkpoint was made of: a weighted sum, in the order of `parents`."""
+
+    weights: Literal["mean", "linear", "given"]
+    parents: tuple[MergedParent, ...]

@@ -107,11 +107,15 @@ def header_of(blocks: Sequence[Block]) -> bytes:
 
 
 def write_shard(
-    path: Path, blocks: Sequence[Block], on_written: Callable[[], None] = lambda: None
+    path: Path,
+    blocks: Sequence[Block],
+    on_written: Callable[[], None] = lambda: None,
+    most_waiting: int = 4,
 ) -> tuple[FileFacts, PieceFacts]:
     """Write and sync a file of `blocks`; returns its facts, and those of its side file.
 
-    Calls `on_written` when everything is written but not yet synced. Raises OSError.
+    Calls `on_written` when everything is written but not yet synced. At most `most_waiting` blocks
+    stay in memory until they are hashed, while the next is made. Raises OSError.
     """
     header = header_of(blocks)
     # The header is part of the file's hash, but of no piece's.
@@ -135,8 +139,9 @@ def write_shard(
 
             # A block made for the file (weights in their own dtype) is released only after the
             # hash has read it. The limit bounds the memory of pending blocks.
-            while len(waiting) > 4:
+            while len(waiting) > most_waiting:
                 waiting.pop(0).result()
+            del content
 
         on_written()
         os.fsync(descriptor)

@@ -33,11 +33,16 @@ from k2train.config.schema import (
     ParallelConfig,
     RunConfig,
     SpikesConfig,
-    WandbConfig,
     fill_stages,
     flat_values,
     flatten,
     sections,
+)
+from k2train.config.tracking_sections import (
+    LogConfig,
+    ProfileConfig,
+    TrackingConfig,
+    WandbConfig,
 )
 from k2train.config.world_rules import world_mistakes
 from k2train.config.yaml_source import Mistake, Origin, Path, Source, dotted, read_source
@@ -49,12 +54,15 @@ __all__ = [
     "Config",
     "DataConfig",
     "KernelsConfig",
+    "LogConfig",
     "LrConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfileConfig",
     "RunConfig",
     "SpikesConfig",
+    "TrackingConfig",
     "WandbConfig",
     "check_world",
     "config_differences",
@@ -182,6 +190,11 @@ def _field_mistakes(source: Source, error: ValidationError) -> list[Mistake]:
 def _load(path: str, overrides: Sequence[str]) -> tuple[Config, Source]:
     source = read_source(path, overrides)
     kinds = sections()
+    if "subsets" in source.tree and not {"model", "lr", "batch"} & source.tree.keys():
+        raise ConfigError(
+            f"{path}: is a recipe of data, which prepare-data takes; the config of a run has "
+            f"the sections {', '.join(list(kinds)[:4])} and more"
+        )
 
     # A section whose keys are all commented out reads as null, and means all defaults.
     source.tree = {

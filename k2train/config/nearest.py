@@ -41,6 +41,20 @@ def fits_tensor(values: Values, tensor: int) -> bool:
     )
 
 
+def fits_layers(layers: int, stages: int, cut: Any) -> bool:
+    """Return whether layers can be divided over stages by `parallel.layers_per_stage`."""
+    if cut == "auto":
+        return layers >= stages
+    return layers % stages == 0 if cut is None else len(cut) == stages
+
+
+def least_stages_per_rank(values: Values) -> int:
+    """Return the stages of a rank; with the schedule `auto` the fewest that it may take."""
+    by_hand = values["parallel.layers_per_stage"]
+    free = values.get("parallel.schedule") == "auto" and by_hand in (None, "auto")
+    return 1 if free else int(values["parallel.stages_per_rank"])
+
+
 def fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
     """Return whether the layers fit the stages and the schedule has enough stages per rank."""
     schedule, layers = values.get("parallel.schedule"), values.get("model.num_layers", 0)
@@ -49,17 +63,13 @@ def fits_stages(values: Values, pipeline: int, stages_per_rank: int) -> bool:
     smallest = 2 if schedule == "interleaved" else 1
 
     by_hand = values.get("parallel.layers_per_stage")
-    fits = (
-        layers % (pipeline * stages_per_rank) == 0
-        if by_hand is None
-        else len(by_hand) == pipeline * stages_per_rank
-    )
+    fits = fits_layers(layers, pipeline * stages_per_rank, by_hand)
     return min(pipeline, stages_per_rank) >= smallest and fits
 
 
 def nearest_pipeline(values: Values) -> str:
     """Return the end of a message: the nearest `parallel.pipeline`."""
-    pipeline, stages_per_rank = values["parallel.pipeline"], values["parallel.stages_per_rank"]
+    pipeline, stages_per_rank = values["parallel.pipeline"], least_stages_per_rank(values)
     if values.get("parallel.schedule") == "interleaved":
         stages_per_rank = max(stages_per_rank, 2)
     numbers = nearest(pipeline, lambda other: fits_stages(values, other, stages_per_rank))

@@ -16,9 +16,9 @@ from k2train.config.nearest import (
     fits_tensor,
     hint,
     nearest,
-    nearest_pipeline,
-    nearest_stages_per_rank,
 )
+from k2train.config.pipeline_rules import PIPELINE_RULES
+from k2train.config.profile_rules import PROFILE_RULES
 
 Check = Callable[[Values], str | None]
 
@@ -62,9 +62,10 @@ def _held_out(values: Values) -> str | None:
     rows, batches = values["data.held_out_rows"], values["data.held_out_batches"]
     if rows is None or batches is None:
         return None
+    same = "1 batch is" if batches == 1 else f"{batches} batches are"
     return (
         f"data.held_out_batches ({batches}) and data.held_out_rows ({rows}) both say how many rows "
-        f"are scored; leave one out ({batches} batches are data.held_out_rows: "
+        f"are scored; leave one out ({same} data.held_out_rows: "
         f"{batches * values['batch.global_sequences']})"
     )
 
@@ -196,80 +197,8 @@ def _vocabulary(values: Values) -> str | None:
     )
 
 
-@_rule(
-    "model.num_layers", "parallel.pipeline", "parallel.stages_per_rank", "parallel.layers_per_stage"
-)
-def _stages(values: Values) -> str | None:
-    if values["parallel.layers_per_stage"] is not None:
-        return None
-    layers, pipeline = values["model.num_layers"], values["parallel.pipeline"]
-    stages_per_rank = values["parallel.stages_per_rank"]
-    stages = pipeline * stages_per_rank
-    if layers % stages == 0:
-        return None
-    return (
-        f"model.num_layers ({layers}) must be divisible by parallel.pipeline ({pipeline})"
-        f" * parallel.stages_per_rank ({stages_per_rank}) = {stages}"
-        + nearest_pipeline(values)
-        + (
-            nearest_stages_per_rank(values)
-            if stages_per_rank > 1 and values.get("parallel.schedule") != "zb-v"
-            else ""
-        )
-        + hint("model.num_layers", nearest(layers, lambda other: other % stages == 0))
-    )
-
-
-@_rule("parallel.layers_per_stage", "parallel.pipeline", "parallel.stages_per_rank")
-def _uneven_stages(values: Values) -> str | None:
-    by_hand, pipeline = values["parallel.layers_per_stage"], values["parallel.pipeline"]
-    stages_per_rank, layers = values["parallel.stages_per_rank"], values.get("model.num_layers")
-    setting = f"parallel.layers_per_stage ({', '.join(map(str, by_hand or ()))})"
-    if by_hand is not None and len(by_hand) != pipeline * stages_per_rank:
-        return (
-            f"{setting} must have parallel.pipeline ({pipeline}) * "
-            f"parallel.stages_per_rank ({stages_per_rank}) = {pipeline * stages_per_rank} counts, "
-            f"has {len(by_hand)}"
-            + nearest_pipeline(values)
-            + "; or null: as many layers on every stage"
-        )
-    if by_hand is not None and layers is not None and sum(by_hand) != layers:
-        return (
-            f"{setting} must add up to model.num_layers ({layers}), is {sum(by_hand)}; "
-            f"nearest model.num_layers: {sum(by_hand)}"
-        )
-    return None
-
-
-@_rule("parallel.schedule", "parallel.stages_per_rank", "parallel.pipeline")
-def _schedule(values: Values) -> str | None:
-    schedule, pipeline = values["parallel.schedule"], values["parallel.pipeline"]
-    stages_per_rank = values["parallel.stages_per_rank"]
-    if schedule != "interleaved":
-        wanted = 2 if schedule == "zb-v" else 1
-        if stages_per_rank == wanted:
-            return None
-        other = {1: "1f1b", 2: "interleaved or zb-v"}.get(stages_per_rank, "interleaved")
-        return (
-            f"parallel.schedule ({schedule}) runs {wanted} stage{'s' if wanted > 1 else ''} a rank"
-            f", but parallel.stages_per_rank is {stages_per_rank}; "
-            f"set parallel.stages_per_rank: {wanted} or parallel.schedule: {other}"
-        )
-
-    if pipeline < 2:
-        name, number, near = "parallel.pipeline", pipeline, nearest_pipeline(values)
-    elif stages_per_rank < 2:
-        name, number, near = (
-            "parallel.stages_per_rank",
-            stages_per_rank,
-            nearest_stages_per_rank(values),
-        )
-    else:
-        return None
-    return (
-        f"parallel.schedule (interleaved) needs a {name} of 2 or more, is {number}{near}; "
-        "or parallel.schedule: 1f1b"
-    )
+for _keys, _check in PIPELINE_RULES:
+    _rule(*_keys)(_check)
 
 
 @_rule("batch.global_sequences", "batch.micro_sequences")
@@ -345,7 +274,11 @@ def _recompute(values: Values) -> str | None:
 def _recompute_layers(values: Values) -> str | None:
     count, uneven = values["kernels.recompute_layers"], values["parallel.layers_per_stage"]
     stages = values["parallel.pipeline"] * values["parallel.stages_per_rank"]
-    largest = max(uneven) if uneven else values["model.num_layers"] // stages
+    if uneven == "auto" or values.get("parallel.schedule") == "auto":
+        # Not chosen yet: the most that a stage can have beside others of one layer.
+        largest = values["model.num_layers"] - values["parallel.pipeline"] + 1
+    else:
+        largest = max(uneven) if uneven else values["model.num_layers"] // stages
     if count is None or count <= largest:
         return None
     return (
@@ -366,5 +299,5 @@ def _deterministic(values: Values) -> str | None:
     )
 
 
-for _keys, _check in EXACT_RULES:
+for _keys, _check in (*EXACT_RULES, *PROFILE_RULES):
     _rule(*_keys)(_check)

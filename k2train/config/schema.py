@@ -1,7 +1,8 @@
 """Config schema: sections and keys as frozen, typed models with every default and bound.
 
 - Unknown keys are errors.
-- The types of the values, and what they check, are in `k2train.config.values`.
+- The types of the values, and what they check, are in `k2train.config.values`; sections that change
+  nothing about the numbers of a run are in `k2train.config.tracking_sections`.
 - Nothing here imports torch or NumPy: a mistyped key is reported in a fraction of a second.
 
 Alternatives considered:
@@ -12,10 +13,17 @@ Alternatives considered:
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from k2train.config.rules import cross_field_mistakes
+from k2train.config.section import Section
+from k2train.config.tracking_sections import (
+    LogConfig,
+    ProfileConfig,
+    TrackingConfig,
+    WandbConfig,
+)
 from k2train.config.values import (
     Amount,
     Beta,
@@ -36,12 +44,6 @@ from k2train.config.values import (
     Switch,
     Text,
 )
-
-
-class Section(BaseModel):
-    """Base class of all sections: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
 
 class RunConfig(Section):
@@ -111,6 +113,8 @@ class DataConfig(Section):
     - `held_out_sets`: more sets to score, name -> manifest of a data folder.
     - `cross_documents`: whether attention crosses document boundaries (attend) or stops at them
       (block).
+    - `loss_mask`: whether the data's loss masks say which tokens are learned (use) or not (ignore);
+      data with masks asks for one of the two, other data for none.
     - `seen_before`: whether data of the previous stage is refused or allowed; if allowed, it is
       recorded.
     """
@@ -122,6 +126,7 @@ class DataConfig(Section):
     held_out_batches: Positive | None = None
     held_out_sets: NamedPaths = Field(default={})
     cross_documents: Literal["attend", "block"] = "attend"
+    loss_mask: Literal["none", "use", "ignore"] = "none"
     seen_before: Literal["refuse", "allow"] = "refuse"
 
 
@@ -148,21 +153,23 @@ def fill_stages(written: dict[str, Any]) -> dict[str, Any]:
 class ParallelConfig(Section):
     """Degrees of parallelism; data parallelism takes the remaining ranks.
 
-    `stages_per_rank` counts pipeline stages.
+    `stages_per_rank` counts pipeline stages; with the schedule `auto`, the most that a rank may
+    have.
     """
 
     tensor: Positive = 1
     pipeline: Positive = 1
     sequence: Flag = Field(default_factory=lambda data: data.get("tensor", 1) > 1)
     stages_per_rank: Positive = 1
-    layers_per_stage: tuple[Positive, ...] | None = None
-    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v"] = Field(
+    layers_per_stage: tuple[Positive, ...] | Literal["auto"] | None = "auto"
+    schedule: Literal["1f1b", "gpipe", "interleaved", "zb-h1", "zb-h2", "zb-v", "auto"] = Field(
         default_factory=lambda data: "interleaved" if data.get("stages_per_rank", 1) > 1 else "1f1b"
     )
     overlap: Literal["auto", "on", "off"] = "auto"
     gathered: Literal["auto", "keep", "again"] = "auto"
     bucket_bytes: Positive | None = None
     symmetric_memory: Switch = False
+    shared_memory: Literal["auto", "off"] = "auto"
 
     @model_validator(mode="before")
     @classmethod
@@ -203,6 +210,7 @@ class KernelsConfig(Section):
         "auto",
         "sdpa",
         "plain",
+        "by_length",
         "flash",
         "cudnn",
         "flash_attn_2",
@@ -216,7 +224,7 @@ class KernelsConfig(Section):
     )
     elementwise: Literal["auto", "fused", "triton", "reference"] = "auto"
     loss: Literal["auto", "fused", "triton", "reference"] = "auto"
-    matmul: Literal["auto", "torch", "onednn", "fp8"] = "auto"
+    matmul: Literal["auto", "torch", "onednn", "openblas", "measured", "upcast", "fp8"] = "auto"
     optimizer: Literal["auto", "fused", "triton", "reference"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
@@ -289,11 +297,16 @@ class SpikesConfig(Section):
     update_norm: bool = False
 
 
-class WandbConfig(Section):
-    """Mirror of the metrics in Weights & Biases."""
+class EnergyConfig(Section):
+    """Where the run uses its energy: what devices do not count is computed from these.
 
-    mode: Literal["online", "offline", "disabled"] = "disabled"
-    project: Text = "k2train"
+    `device_watts`: power of a device (None: unknown). `pue`: energy of the data center for that of
+    its devices. `tonnes_per_mwh`: carbon intensity.
+    """
+
+    device_watts: PositiveAmount | None = None
+    pue: Factor = 1.0
+    tonnes_per_mwh: Amount | None = None
 
 
 class Config(Section):
@@ -315,7 +328,11 @@ class Config(Section):
     watch: WatchConfig = Field(default_factory=WatchConfig)
     audit: AuditConfig = Field(default_factory=AuditConfig)
     spikes: SpikesConfig = Field(default_factory=SpikesConfig)
+    energy: EnergyConfig = Field(default_factory=EnergyConfig)
     wandb: WandbConfig = Field(default_factory=WandbConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    profile: ProfileConfig = Field(default_factory=ProfileConfig)
 
     @model_validator(mode="after")
     def _rules(self) -> "Config":

@@ -104,6 +104,10 @@ def _kept(value: Any) -> str | int:
     return _word_or_number(value, ("all",), _whole, "a number of checkpoints")
 
 
+def _ranks(value: Any) -> str | int:
+    return _word_or_number(value, ("all",), _whole, "the number of a rank")
+
+
 def _named_paths(value: Any) -> Any:
     """Names with a path each; an empty section, read as null, has none."""
     if value is None:
@@ -159,6 +163,7 @@ RunName = Annotated[str, BeforeValidator(_run_name)]
 Resume = Annotated[Literal["auto", "must", "never"] | int, BeforeValidator(_resume)]
 Interval = Annotated[Literal["auto"] | float, BeforeValidator(_interval)]
 Kept = Annotated[Literal["all"] | int, BeforeValidator(_kept)]
+Ranks = Annotated[Literal["all"] | int, BeforeValidator(_ranks)]
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=2)]
 Chunk = Annotated[str | int, BeforeValidator(_chunk)]
 Policy = Literal["alert", "skip_step", "rollback_and_defer", "stop"]

@@ -2,6 +2,7 @@
 
 from k2train.config.exact_rules import exact_world_mistake
 from k2train.config.nearest import Values, hint, nearest
+from k2train.config.profile_rules import profile_world_mistake
 
 
 def world_mistakes(values: Values, world_size: int) -> list[str]:
@@ -36,8 +37,8 @@ def world_mistakes(values: Values, world_size: int) -> list[str]:
             f"parallel.pipeline ({pipeline}) with parallel.schedule interleaved"
         )
     else:
-        exact = exact_world_mistake(values, data)
-        return [] if exact is None else [exact]
+        found = (exact_world_mistake(values, data), profile_world_mistake(values, world_size))
+        return [mistake for mistake in found if mistake is not None]
 
     totals = nearest(total, lambda other: other % (data * micro * group) == 0)
     micros = nearest(micro, lambda other: total % (data * other * group) == 0)

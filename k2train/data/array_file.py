@@ -44,7 +44,12 @@ class FileIdentity(NamedTuple):
 
     def has_content_of(self, other: "FileIdentity") -> bool:
         """Return whether it is the same file, and nobody wrote to it in between."""
-        return self[:3] == other[:3]
+        return self.content == other.content
+
+    @property
+    def content(self) -> tuple[int, int, int]:
+        """What changes with the content."""
+        return self[:3]
 
 
 class ArrayFile:

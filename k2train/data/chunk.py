@@ -5,6 +5,7 @@ A data folder holds
 - `chunk_000.npy`: ids `[rows, sequence_length]`, uint16 where the vocabulary fits, else uint32;
 - `chunk_000.parquet`: the origin of each piece of each row (provenance; never read here);
 - `chunk_000.borders.npy`: where documents begin, if requested (see `document_boundaries`);
+- `chunk_000.mask.npy`: which tokens are learned, if not all of them (see `loss_mask`);
 - `manifest.json`: rows, tokens and SHA-256 of every chunk, written last.
 
 Checks come at two prices:
@@ -29,6 +30,7 @@ import numpy.typing as npt
 
 from k2train.data.array_file import ArrayFile, FileIdentity
 from k2train.data.document_boundaries import check_borders, verify_borders
+from k2train.data.loss_mask import check_mask, verify_mask
 from k2train.data.manifest import ChunkInfo, Manifest, chunk_dtype, read_manifest, write_manifest
 from k2train.data.npy import check_size, header_bytes, read_header
 from k2train.errors import DataError
@@ -53,20 +55,21 @@ BLOCK_BYTES = 8 * 2**20
 
 
 class ChunkIdentity(NamedTuple):
-    """Identities of a chunk's file and of its borders."""
+    """Identities of a chunk's file, of its borders and of its loss mask."""
 
     tokens: FileIdentity
     borders: FileIdentity | None = None
+    mask: FileIdentity | None = None
 
     def has_files_of(self, then: "ChunkIdentity") -> bool:
         """Return whether nobody touched these files since `then`, which may know more of them."""
-        return self.tokens == then.tokens and self.borders in (None, then.borders)
+        return all(mine in (None, other) for mine, other in zip(self, then, strict=True))
 
     def has_content_of(self, then: "ChunkIdentity") -> bool:
         """Return whether nobody wrote to them; a new owner or name does not count."""
-        return self.tokens.has_content_of(then.tokens) and (
-            self.borders is None
-            or (then.borders is not None and self.borders.has_content_of(then.borders))
+        return all(
+            mine is None or (other is not None and mine.has_content_of(other))
+            for mine, other in zip(self, then, strict=True)
         )
 
 
@@ -74,7 +77,7 @@ Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
-    """Check existence, header and exact size of chunks and their document boundaries.
+    """Check existence, header and exact size of chunks, their document boundaries and masks.
 
     `names` None means all chunks, the held-out one included. Reads some 128 bytes per file.
     Raises DataError naming the chunk and the numbers.
@@ -85,6 +88,8 @@ def check_files(manifest: Manifest, names: Iterable[str] | None = None) -> None:
         _data_offset(manifest, info)
         if info.borders is not None:
             check_borders(manifest.folder / info.borders, info.name)
+        if info.loss_mask is not None:
+            check_mask(manifest, info)
 
 
 def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
@@ -111,10 +116,10 @@ def _data_offset(manifest: Manifest, info: ChunkInfo) -> int:
 def verify_chunk(
     manifest: Manifest, info: ChunkInfo, stopped: Callable[[], bool] | None = None
 ) -> ChunkIdentity | None:
-    """Verify a whole chunk: its SHA-256, every id against the vocabulary, then its boundaries.
+    """Verify a whole chunk: hash and ids, then document boundaries, then the loss mask.
 
-    Reads in blocks. Returns the identities of the files that were hashed. `stopped` is called
-    between blocks; True ends the check early with None.
+    Every id is compared with the vocabulary. Reads in blocks. Returns the identities of the files
+    that were hashed. `stopped` is called between blocks; True ends the check early with None.
     Raises DataError naming the chunk, and for an id: row, position, id and vocabulary size.
     """
     offset = _data_offset(manifest, info)
@@ -152,6 +157,7 @@ def verify_chunk(
             f"fetch the chunk again or prepare the data anew"
         )
 
+    found = ChunkIdentity(identity)
     if info.borders is not None:
         assert info.borders_sha256 is not None, (
             f"{info.name}: the manifest was read without the hash of its borders"
@@ -160,8 +166,13 @@ def verify_chunk(
         borders = verify_borders(
             path, info.name, info.borders_sha256, info.rows, manifest.sequence_length, stopped
         )
-        return None if borders is None else ChunkIdentity(identity, borders)
-    return ChunkIdentity(identity)
+        if borders is None:
+            return None
+        found = found._replace(borders=borders)
+    if info.loss_mask is not None:
+        mask = verify_mask(manifest, info, stopped)
+        return None if mask is None else found._replace(mask=mask)
+    return found
 
 
 def bad_id(ids: Tokens, first_row: int, vocab_size: int) -> str:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import ChunkIdentity, ChunkInfo, Manifest, bad_id, open_chunk, verify_chunk
 from k2train.data.document_boundaries import documents_of, open_borders
+from k2train.data.loss_mask import Learned, count_targets, learned_in, open_mask, read_mask
 from k2train.errors import DataError, UnavailableError
 
 
@@ -27,19 +28,19 @@ class OpenChunk(NamedTuple):
     name: str
     tokens: ArrayFile
     borders: ArrayFile | None
+    mask: ArrayFile | None
 
     def identity(self) -> ChunkIdentity:
         """Identity that the open files have now."""
-        return ChunkIdentity(
-            self.tokens.identity(), None if self.borders is None else self.borders.identity()
-        )
+        beside = (None if part is None else part.identity() for part in (self.borders, self.mask))
+        return ChunkIdentity(self.tokens.identity(), *beside)
 
 
 class ChunkReader:
     """Rows of the chunks of one data folder.
 
-    With `documents`, document boundaries are opened too. With `verify`, a chunk is hashed once
-    before its first row is used.
+    With `documents`, document boundaries are opened too; loss masks where the manifest has them.
+    With `verify`, a chunk is hashed once before its first row is used.
     """
 
     def __init__(self, manifest: Manifest, verify: bool = False, documents: bool = False) -> None:
@@ -66,7 +67,9 @@ class ChunkReader:
             )
             borders = open_borders(self.manifest.folder / info.borders, info.name, self.stop)
 
-        chunk = OpenChunk(info.name, tokens, borders)
+        masked = self.manifest.has_masks
+        mask = open_mask(self.manifest, info, self.stop) if masked else None
+        chunk = OpenChunk(info.name, tokens, borders, mask)
         # What was opened is compared with it after the first read.
         self._known[info.name] = self._verified.get(info.name) or chunk.identity()
         return chunk
@@ -119,6 +122,23 @@ class ChunkReader:
         path = self.manifest.folder / str(self.manifest.chunk(chunk.name).borders)
         where = f"{chunk.name} ({path})"
         return documents_of(chunk.borders, rows, self.manifest.sequence_length, where)
+
+    def learned_in(self, chunk: OpenChunk, rows: range) -> Learned | None:
+        """Which tokens are learned, bool [rows, sequence_length]; None if masks are not opened.
+
+        A new array each time: nobody else sees what is done to it.
+        """
+        if chunk.mask is None:
+            return None
+        length = self.manifest.sequence_length
+        return learned_in(read_mask(chunk.mask, rows, length), length)
+
+    def targets_in(self, chunk: OpenChunk, rows: range) -> tuple[int, ...] | None:
+        """Number of learned tokens of each row; None if masks are not opened."""
+        if chunk.mask is None:
+            return None
+        packed = read_mask(chunk.mask, rows, self.manifest.sequence_length)
+        return tuple(count_targets(packed).tolist())
 
     def _stopped_in_a_step(self) -> bool:
         """A step waits for this hash, which gets on."""

@@ -2,6 +2,8 @@
 
 - A row's hash is XXH3-64 of its ids as little-endian uint32; the seed is the row's index in the
   global batch. The step's hash is the sum of its rows' hashes modulo 2**64, in hexadecimal.
+- Where loss masks say which tokens are learned, a row's ids are followed by its labels, with
+  `NOT_LEARNED` where there is none.
 - Ranks therefore hash their own rows only, and any order of adding gives the same number. The seed
   makes an exchange of two rows another number.
 - It is taken from the ids that the model gets, not from a file, and stands in the metrics of the
@@ -22,6 +24,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+NOT_LEARNED = -100
+"""Label of a token that is not learned, as the loss has it too."""
 LIMBS, LIMB_BITS = 4, 16
 MASK = 2**64 - 1
 FLAGS = 2 * LIMBS + 1
@@ -44,6 +48,12 @@ def sum_of_rows(ids: NDArray[Any], first: int) -> int:
     """
     rows = np.ascontiguousarray(ids, dtype="<u4")
     return sum(xxhash.xxh3_64_intdigest(row, first + i) for i, row in enumerate(rows)) & MASK
+
+
+def with_labels(ids: NDArray[Any], learned: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows `[n, 2 sequence_length]` that are hashed of masked rows: ids, then labels."""
+    wide = ids.astype(np.int64)
+    return np.concatenate((wide, np.where(learned, wide, NOT_LEARNED)), axis=1)
 
 
 def text_of(total: int) -> str:

@@ -43,11 +43,6 @@ class HeldOutSet:
         """Rows that are scored."""
         return self.total_rows if self.limit is None else min(self.limit, self.total_rows)
 
-    @property
-    def targets(self) -> int:
-        """Targets of these rows: every position but the last of a row has one."""
-        return self.rows * (self.manifest.sequence_length - 1)
-
     def trained_on(self, trained: Mapping[str, str]) -> list[str]:
         """Say which scored chunks are trained on; `trained` has names of chunks by their hash."""
         return [

@@ -20,6 +20,7 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -297,11 +298,29 @@ def _template_tokens(content: dict[str, Any]) -> ControlTokens:
         names = [(one.get("SpecialToken") or {}).get("id") for one in single]
         if None in names:
             text = names.index(None)
-            return ControlTokens(
-                bos=names[0] if text > 0 else None,
-                eos=names[-1] if names[-1] is not None else None,
-            )
+            return ControlTokens(bos=names[0] if text > 0 else None, eos=names[-1])
     return ControlTokens()
+
+
+def as_trained(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer.json without what changes or cuts a text, its control tokens marked.
+
+    Raises DataError for tokens without a text.
+    """
+    changed = {**content, "truncation": None, "padding": None, "post_processor": None}
+    changed["model"] = {**content["model"], "dropout": None}
+    changed["pre_tokenizer"] = deepcopy(content.get("pre_tokenizer"))
+    for part in _parts(changed["pre_tokenizer"]):
+        if "add_prefix_space" in part:
+            part["add_prefix_space"] = False
+    added = content.get("added_tokens") or []
+    if not all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added):
+        raise DataError(f"{_WHERE}: added_tokens holds more than tokens with a content")
+    changed["added_tokens"] = [
+        {**one, "special": bool(one.get("special") or LIKE_A_CONTROL.fullmatch(one["content"]))}
+        for one in added
+    ]
+    return changed
 
 
 def _library(content: dict[str, Any]) -> Any:
@@ -312,22 +331,9 @@ def _library(content: dict[str, Any]) -> Any:
         raise DataError(
             f"{_WHERE}: a tokenizer.json needs the package tokenizers: pip install tokenizers"
         ) from None
-
-    changed = {**content, "truncation": None, "padding": None, "post_processor": None}
-    changed["model"] = {**content["model"], "dropout": None}
-    for part in _parts(changed.get("pre_tokenizer")):
-        if "add_prefix_space" in part:
-            part["add_prefix_space"] = False
-    added = content.get("added_tokens") or []
-    if not all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added):
-        raise DataError(f"{_WHERE}: added_tokens holds more than tokens with a content")
-    changed["added_tokens"] = [
-        {**one, "special": bool(one.get("special") or LIKE_A_CONTROL.fullmatch(one["content"]))}
-        for one in added
-    ]
-
+    text = json.dumps(as_trained(content))
     try:
-        library = tokenizers.Tokenizer.from_str(json.dumps(changed))
+        library = tokenizers.Tokenizer.from_str(text)
     # The library raises Exception itself.
     except Exception as error:
         told = " ".join(str(error).split())[:200]

@@ -4,6 +4,8 @@
   asks for another step and gets exactly its rows.
 - One thread reads the next steps, another verifies the next chunk.
 - `chunk_reader` opens and hashes the files, also those of held-out sets.
+- Where a folder has loss masks, labels are the tokens that are learned. Every read makes them anew,
+  so no step sees what another one did to them.
 
 Alternatives considered:
 - DataLoader with worker processes: reading a step copies a few hundred kilobytes. Workers bring
@@ -12,6 +14,7 @@ Alternatives considered:
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple, Self
 
 import torch
@@ -22,6 +25,7 @@ from k2train.data.held_out import HeldOutSet, held_out_batches, rows_of_rank
 from k2train.data.manifest import require_borders
 from k2train.data.order import ChunkOrder, rank_rows
 from k2train.errors import DataError
+from k2train.parallel.cross_entropy import IGNORE
 
 # Steps held ready: the current and the next one. More would only hold memory: a step reads in
 # milliseconds.
@@ -39,6 +43,16 @@ class MicroBatch(NamedTuple):
     """int64 of the same shape, aligned with the tokens: position i predicts label i+1.
 
     None: the tokens themselves.
+    """
+    row_targets: tuple[int, ...] | None = None
+    """Labels that are learned in each row of the whole global batch, which the loss is divided by.
+
+    None: every position but the last of a row has one.
+    """
+    host_documents: torch.Tensor | None = None
+    """`documents` in host memory, which `to` keeps: no kernel asks a device where a document ends.
+
+    None: `documents` are there themselves, or there are none.
     """
 
     @property
@@ -58,7 +72,16 @@ class MicroBatch(NamedTuple):
             part = part.contiguous().pin_memory() if device.type == "cuda" else part
             return part.to(device, non_blocking=True)
 
-        return MicroBatch(*(None if part is None else uploaded(part) for part in self))
+        here = self.documents if self.host_documents is None else self.host_documents
+        return self.map(uploaded)._replace(host_documents=here)
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
+        """Apply `change` to each of its tensors, but for the copy that `to` keeps on the host."""
+        return self._replace(
+            tokens=change(self.tokens),
+            documents=None if self.documents is None else change(self.documents),
+            labels=None if self.labels is None else change(self.labels),
+        )
 
 
 class Share(NamedTuple):
@@ -72,7 +95,8 @@ class Share(NamedTuple):
 class Loader:
     """Loader of one data-parallel rank's micro-batches.
 
-    With `documents`, batches also contain the document index of each token. Every id is checked
+    With `documents`, batches also contain the document index of each token. Where the manifest has
+    loss masks, they contain labels, and how many of them the global batch has. Every id is checked
     against the vocabulary. With `verify`, a chunk is also hashed once, in the background, before
     its first row is used.
     Raises DataError when the chunks do not fit the order or the model.
@@ -169,9 +193,12 @@ class Loader:
         name = self.order.position(step).name
         if self._open is None or self._open.name != name:
             self._open = self._reads.open(self.manifest.chunk(name))
+        rows = self.order.rows_of(step)
+        # Each rank counts the targets of all ranks' rows itself: their masks are kilobytes.
+        targets = self._reads.targets_in(self._open, rows)
         batch = [
-            _micro_batch(self._reads, self._open, part)
-            for part in rank_rows(self.order.rows_of(step), *self.share)
+            _micro_batch(self._reads, self._open, part, targets)
+            for part in rank_rows(rows, *self.share)
         ]
         self._reads.confirm(self._open)
         return batch
@@ -219,15 +246,19 @@ class HeldOutLoader:
         return "" if index and self.batches[index - 1].chunk.name == name else name
 
     def read(self, index: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a batch, padding included. Raises DataError."""
+        """Return this rank's micro-batches of a batch, padding included. Raises DataError.
+
+        Their `row_targets` are those of the batch's rows, without the padding.
+        """
         batch = self.batches[index]
         if self._open is None or self._open.name != batch.chunk.name:
             self._open = self._reads.open(batch.chunk)
+        targets = self._reads.targets_in(self._open, batch.rows)
         found = []
         for rows in rows_of_rank(batch, self.share.rank, self.share.micro_sequences):
-            part = _micro_batch(self._reads, self._open, range(rows[0], rows[-1] + 1))
+            part = _micro_batch(self._reads, self._open, range(rows[0], rows[-1] + 1), targets)
             index_of = torch.tensor(rows) - rows[0]
-            found.append(MicroBatch(*(None if t is None else t[index_of] for t in part)))
+            found.append(part.map(partial(_rows_of, index_of=index_of)))
         self._reads.confirm(self._open)
         return found
 
@@ -241,10 +272,19 @@ class HeldOutLoader:
         self._open = None
 
 
-def _micro_batch(reads: ChunkReader, chunk: OpenChunk, rows: range) -> MicroBatch:
-    """Read consecutive rows of an open chunk."""
-    documents = reads.documents_in(chunk, rows)
+def _micro_batch(
+    reads: ChunkReader, chunk: OpenChunk, rows: range, row_targets: tuple[int, ...] | None
+) -> MicroBatch:
+    """Read consecutive rows of an open chunk; `row_targets` are those of the batch's rows."""
+    tokens = torch.from_numpy(reads.tokens(chunk, rows))
+    documents, learned = reads.documents_in(chunk, rows), reads.learned_in(chunk, rows)
     return MicroBatch(
-        torch.from_numpy(reads.tokens(chunk, rows)),
+        tokens,
         None if documents is None else torch.from_numpy(documents),
+        None if learned is None else tokens.where(torch.from_numpy(learned), IGNORE),
+        row_targets,
     )
+
+
+def _rows_of(part: torch.Tensor, index_of: torch.Tensor) -> torch.Tensor:
+    return part[index_of]

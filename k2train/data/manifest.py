@@ -12,13 +12,15 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ConfigDict, Field, StrictBool
+from pydantic import Field
 
+from k2train.commands import program_text
+from k2train.data.manifest_facts import Facts
 from k2train.errors import DataError
 from k2train.files import AtomicFile
-from k2train.json_record import Count, Number, Positive, Record, Text, Whole
+from k2train.json_record import Count, Positive, Record, Text
 from k2train.retry import is_folder_retried
 from k2train.safe_json import parse_json, read_plain_file
 
@@ -33,6 +35,7 @@ class ChunkInfo(Record):
     """Manifest entry of one chunk; `tokens` is rows times sequence length.
 
     `borders` names the file of document boundaries, if the data was prepared with them.
+    `loss_mask` names the file that says which tokens are learned, `targets` their number.
     `provenance_content_sha256` is the hash of the provenance's columns, see `provenance_digest`.
     """
 
@@ -47,85 +50,13 @@ class ChunkInfo(Record):
     provenance_content_sha256: Text | None = None
     borders: Text | None = None
     borders_sha256: Text | None = None
+    loss_mask: Text | None = None
+    loss_mask_sha256: Text | None = None
+    targets: Positive | None = None
 
-
-class Fact(Record):
-    """Base of what a preparation may record besides: unknown keys are kept."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class TokenizerFacts(Fact):
-    """The tokenizer's file in the data folder, and its control tokens in the order of their ids.
-
-    `dummy_prefix` says what became of the space that the model puts in front of a text: `drop`,
-    `keep`, or `as published` for imported ids; None for a model without, and in older folders.
-    """
-
-    file: str
-    specials: tuple[str, ...]
-    dummy_prefix: str | None = None
-
-    @property
-    def prefix(self) -> Literal["drop", "keep"]:
-        """How the tokenizer is loaded, so that its hash is that of the manifest."""
-        return "keep" if self.dummy_prefix == "keep" else "drop"
-
-
-class TextFacts(Fact):
-    """The record of the texts that a data folder was made of, see `text_record`."""
-
-    file: str
-    sha256: str
-    count: Whole
-
-
-class SubsetFacts(Fact):
-    """A subset of a recorded recipe: the keys that are read again."""
-
-    repeat: Number = 1
-    limit_tokens: Whole | None = None
-    fill: StrictBool = False
-
-
-class RecipeFacts(Fact):
-    """A recorded recipe: the keys that are read again."""
-
-    name: str | None = None
-    seed: Whole | None = None
-    sequence_length: Whole | None = None
-    chunks: Whole | None = None
-    rows_per_chunk: Whole | None = None
-    subsets: dict[str, SubsetFacts] = Field(default_factory=dict)
-
-
-class Facts(Fact):
-    """What the preparation recorded of itself; older and imported folders lack some of it.
-
-    - `account`: what became of each subset's documents and tokens.
-    - `road`: version of the preparation's code.
-    - `document_keys`: see `data.document_keys`.
-    - `texts`: see `data.text_record`; `seen`: hashes of these records of earlier folders, whose
-      texts were left out.
-    - `imported`: identity of an import of K2's files.
-    """
-
-    name: str | None = None
-    imported: dict[str, Any] | None = None
-    recipe_sha256: str | None = None
-    recipe: RecipeFacts | None = None
-    listing_sha256: str | None = None
-    sources_sha256: str | None = None
-    rejected_sha256: str | None = None
-    tokenizer: TokenizerFacts | None = None
-    texts: TextFacts | None = None
-    seen: tuple[str, ...] = ()
-    road: Whole | None = None
-    python: str | None = None
-    seed: Whole | None = None
-    dropped_tail_tokens: dict[str, Whole] | None = None
-    account: dict[str, dict[str, Number]] | None = None
-    document_keys: dict[str, Any] | None = None
+    def files(self) -> list[str]:
+        """Names of all files of the chunk."""
+        return [f for f in (self.file, self.provenance, self.borders, self.loss_mask) if f]
 
 
 class Manifest(Record):
@@ -155,6 +86,18 @@ class Manifest(Record):
         """Return whether one of these hashes, of the file or of the content, names this data."""
         known = {self.sha256, self.content_sha256} - {None}
         return not known.isdisjoint(names)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether its chunks have loss masks: all of them, or none."""
+        return self.chunks[0].loss_mask is not None
+
+    def without_masks(self) -> "Manifest":
+        """Return the manifest as if its chunks had no loss masks."""
+        gone = {"loss_mask": None, "loss_mask_sha256": None, "targets": None}
+        held_out = self.held_out and self.held_out.model_copy(update=gone)
+        chunks = tuple(info.model_copy(update=gone) for info in self.chunks)
+        return self.model_copy(update={"chunks": chunks, "held_out": held_out})
 
     @property
     def folder(self) -> Path:
@@ -197,7 +140,7 @@ def require_borders(manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def content_sha256(manifest: Manifest) -> str | None:
-    """Hash of what a data folder means: ids, borders, provenance, texts, recipe and tokenizer.
+    """Hash of what a data folder means: ids, borders, masks, provenance, texts, recipe, tokenizer.
 
     None where the provenance of a chunk has no content hash.
     """
@@ -207,12 +150,15 @@ def content_sha256(manifest: Manifest) -> str | None:
     keys = ["name", "rows", "tokens_per_subset", "sha256", "borders_sha256"]
     keys.append("provenance_content_sha256")
     texts = manifest.facts.texts
+    masks = [info.loss_mask_sha256 for info in chunks]
     content = {
         "format": "k2train-content-1",
         "tokenizer": manifest.tokenizer_sha256,
         "sequence_length": manifest.sequence_length,
         "vocab_size": manifest.vocab_size,
         "chunks": [{key: getattr(info, key) for key in keys} for info in chunks],
+        # Only where there are masks: the hash of other folders stays.
+        **({"loss_masks": masks} if manifest.has_masks else {}),
         "held_out": manifest.held_out is not None,
         "texts": None if texts is None else texts.sha256,
         "recipe": manifest.facts.recipe_sha256,
@@ -238,7 +184,7 @@ def read_manifest(path: str | Path) -> Manifest:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise DataError(
-            f"data.manifest: {path} cannot be read ({why}); tools/prepare_data.py makes it"
+            f"data.manifest: {path} cannot be read ({why}); {program_text('prepare_data')} makes it"
         ) from None
 
     try:
@@ -281,9 +227,29 @@ def _check_numbers(manifest: Manifest) -> None:
                 f"{where}: tokens is {info.tokens}, {info.rows} rows of "
                 f"{manifest.sequence_length} are {tokens}"
             )
-        for key in ("provenance", "borders"):
+        for key in ("provenance", "borders", "loss_mask"):
             if getattr(info, key) is not None and getattr(info, f"{key}_sha256") is None:
                 raise DataError(f"{where}: key '{key}_sha256' is missing")
+    _check_masks(manifest)
+
+
+def _check_masks(manifest: Manifest) -> None:
+    """Check that all chunks have a loss mask, or none; and what the manifest says of each."""
+    infos = manifest.all_chunks()
+    without = [info.name for info in infos if info.loss_mask is None]
+    if without and len(without) < len(infos):
+        raise DataError(
+            f"{manifest.path}: {len(infos) - len(without)} of {len(infos)} chunks have a loss "
+            f"mask, these have none: {short_list(without)}; all must have one, the held-out chunk "
+            "too, or none; prepare the data again"
+        )
+    for info in () if without else infos:
+        most = info.rows * (manifest.sequence_length - 1)
+        if info.targets is None or not info.rows <= info.targets <= most:
+            raise DataError(
+                f"{manifest.path}: {info.name}: targets is {info.targets}, with a loss mask "
+                f"{info.rows} rows of {manifest.sequence_length} tokens have {info.rows} to {most}"
+            )
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -292,14 +258,15 @@ def _check_names(manifest: Manifest) -> None:
     folder = manifest.folder.resolve()
 
     for info in manifest.all_chunks():
-        for label, name in (("name", info.name), ("file", info.file), ("borders", info.borders)):
+        named = ("name", "file", "borders", "loss_mask")
+        for label, name in ((label, getattr(info, label)) for label in named):
             if name is None:
                 continue
             if (key := f"{label} {name}") in seen:
                 raise DataError(f"{manifest.path}: chunk {label} {name!r} appears twice")
             seen[key] = info.name
 
-        for file in filter(None, (info.file, info.provenance, info.borders)):
+        for file in info.files():
             # A manifest from elsewhere must not make us read, or later delete, a file outside.
             inside = not Path(file).is_absolute() and ".." not in Path(file).parts
             if not inside or not _is_inside(folder, file):

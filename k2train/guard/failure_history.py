@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from k2train.guard.crash_loop import Attempt, attempts_of, fruitless_starts
 from k2train.record.events import CheckpointSaved, Entry, Failed, Resumed, Started
-from k2train.record.metrics import POSITION, lines_backwards
+from k2train.record.metrics import POSITION, step_lines_backwards
 
 WINDOW_FAILURES = 16
 """Latest failures that count: more would hide that machines became better or worse."""
@@ -102,7 +102,7 @@ def training_times(path: Path, first_attempt: int) -> dict[int, TrainingTime]:
     Reads the metrics from the end, as far as these attempts reach and `MOST_ROWS` at most.
     """
     found: dict[int, TrainingTime] = {}
-    for number, line in enumerate(lines_backwards(path)):
+    for number, line in enumerate(step_lines_backwards(path)):
         position, seconds = POSITION.match(line), SECONDS.search(line)
         if position is None or seconds is None:
             continue

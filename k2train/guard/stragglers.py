@@ -11,7 +11,7 @@
   moves means and even medians, but seldom this order statistic.
 - Two rules: well above the others, or clearly above this rank's own usual ratio to them. The second
   rule spares a rank that always has slightly more work.
-- Every rank observes the same numbers and gets the same answer. A rank is reported once when it
+- One rank observes for all, in arrays: the step waits for it. A rank is reported once when it
   becomes slow and once when it recovers.
 
 Alternatives considered:
@@ -19,9 +19,11 @@ Alternatives considered:
 - Wall time of a step: equal on all ranks.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from k2train.plan.layout import Layout
 
@@ -43,19 +45,15 @@ MIN_EXCESS_SECONDS = 0.005
 """Smallest excess over the peers that is reported."""
 
 
-class _Rank:
-    def __init__(self) -> None:
-        self.window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-        """(seconds, ratio to the others' median of that step), both for a full share of the work.
-        """
-        self.past: deque[float] = deque(maxlen=PAST_STEPS)
-        self.since: int | None = None
-        self.usual: float | None = None
-        """Usual ratio at the time when it became slow by the second rule."""
+Array = npt.NDArray[np.float64]
 
-    def ordered_seconds(self) -> list[float]:
-        """Seconds of the window, shortest first."""
-        return sorted(value for value, _ in self.window)
+
+class _Slow(NamedTuple):
+    """A rank that is slow."""
+
+    since: int
+    usual: float | None
+    """Usual ratio at the time when it became slow by its own past."""
 
 
 class Stragglers:
@@ -76,7 +74,9 @@ class Stragglers:
         assert len(weights) == world, f"{len(weights)} weights for {world} ranks"
         self._hosts = hosts
         mean = sum(weights) / world
-        self._share = [weight / mean if mean > 0 and weight > 0 else 1.0 for weight in weights]
+        self._share = np.array(
+            [weight / mean if mean > 0 and weight > 0 else 1.0 for weight in weights]
+        )
         stages: dict[int, list[int]] = {}
         for rank in range(world):
             stages.setdefault(layout.coordinate(rank).pp, []).append(rank)
@@ -86,60 +86,56 @@ class Stragglers:
         alone = any(len(ranks) == 1 for ranks in stages.values())
         self._groups = [list(range(world))] if alone else list(stages.values())
         self._factor = OTHER_STAGE if alone and len(stages) > 1 else SAME_STAGE
-        self._ranks = [_Rank() for _ in range(world)]
+
+        self._steps = 0
+        self._window = np.zeros((world, WINDOW))
+        """Own seconds of the last steps for a full share of the work, in a ring."""
+        self._ratios = np.zeros((world, WINDOW))
+        """Their ratio to the others' median of that step."""
+        self._past, self._num_past = np.zeros((world, PAST_STEPS)), np.zeros(world, np.int64)
+        """Ratios of earlier steps in a ring for each rank, and how many there were."""
+        self._slow: dict[int, _Slow] = {}
 
     def observe(self, step: int, seconds: Sequence[float]) -> str | None:
         """Observe the own seconds of each rank in `step`; returns a message, mostly None."""
-        assert len(seconds) == len(self._ranks), (
-            f"{len(seconds)} times for {len(self._ranks)} ranks"
-        )
-        messages = []
-        for group in self._groups:
-            if len(group) < 2:
-                continue
+        world = len(self._share)
+        assert len(seconds) == world, f"{len(seconds)} times for {world} ranks"
+        if world < 2:
+            return None
 
-            self._record_step(group, seconds)
-            # Computed after the whole group was recorded: every rank is compared with the same
-            # window.
-            ordered = {rank: self._ranks[rank].ordered_seconds() for rank in group}
-            others = _others(
-                {rank: found[min(PEER_ORDER, len(found) - 1)] for rank, found in ordered.items()}
-            )
-            for rank in group:
-                message = self._evaluate(rank, step, ordered[rank], others[rank])
-                if message:
-                    messages.append(message)
+        self._record_step(np.asarray(seconds, np.float64) / self._share)
+        if self._steps < WINDOW:
+            return None
+        ordered = np.partition(self._window, (OWN_ORDER, PEER_ORDER), axis=1)
+        low, others = ordered[:, OWN_ORDER], self._others(ordered[:, PEER_ORDER])
 
-        return "; ".join(messages) or None
+        # Far above its peers or its own past: both need a real excess, which few ranks have.
+        named = set(np.flatnonzero(low - others >= MIN_EXCESS_SECONDS).tolist()) | {*self._slow}
+        found = (self._evaluate(rank, step, low[rank], others[rank]) for rank in sorted(named))
+        return "; ".join(filter(None, found)) or None
 
-    def _record_step(self, group: Sequence[int], seconds: Sequence[float]) -> None:
-        now = {rank: seconds[rank] / self._share[rank] for rank in group}
-        others = _others(now)
-        for rank in group:
-            state = self._ranks[rank]
-            if len(state.window) == WINDOW and state.since is None:
-                # Steps that leave the window form the rank's usual ratio, unless it is slow.
-                state.past.append(state.window[0][1])
-            state.window.append((now[rank], now[rank] / max(others[rank], 1e-6)))
+    def _record_step(self, now: Array) -> None:
+        at = self._steps % WINDOW
+        if self._steps >= WINDOW:
+            # Steps that leave the window form a rank's usual ratio, unless it is slow.
+            ranks = np.ones(len(now), bool)
+            ranks[[*self._slow]] = False
+            ranks = np.flatnonzero(ranks)
+            self._past[ranks, self._num_past[ranks] % PAST_STEPS] = self._ratios[ranks, at]
+            self._num_past[ranks] += 1
+        self._window[:, at] = now
+        self._ratios[:, at] = now / np.maximum(self._others(now), 1e-6)
+        self._steps += 1
 
-    def _evaluate(self, rank: int, step: int, ordered: Sequence[float], others: float) -> str:
-        state = self._ranks[rank]
-        if len(state.window) < WINDOW:
-            return ""
-
-        low = ordered[OWN_ORDER]
-        if state.since is None:
-            # First rule: far above the peers. Second rule: far above its own past. Both need a real
-            # excess. Every rank does this for all ranks after every step, so what decides for most
-            # of them comes first.
-            if low - others < MIN_EXCESS_SECONDS:
-                return ""
+    def _evaluate(self, rank: int, step: int, low: float, others: float) -> str:
+        slow = self._slow.get(rank)
+        if slow is None:
             far_above = low > self._factor * others
-            usual = self._usual(state, only_if_high=not far_above)
+            usual = self._usual(rank, only_if_high=not far_above)
             if not far_above and (usual is None or low <= OWN_PAST * usual * others):
                 return ""
 
-            state.since, state.usual = step, usual
+            self._slow[rank] = _Slow(step, usual)
             return (
                 f"{self._name(rank)} is slow: {self._own_seconds(rank) * 1e3:.0f} ms of own work "
                 f"per step, the others take {others * self._share[rank] * 1e3:.0f} ms (last "
@@ -148,45 +144,44 @@ class Stragglers:
 
         # Recovered when most steps are well below the level that made it slow. At the threshold
         # itself the state would flip back and forth.
-        level = median(value for value, _ in state.window)
-        usual_level = others * max(1.0, state.usual or 1.0)
+        level = np.median(self._window[rank])
+        usual_level = others * max(1.0, slow.usual or 1.0)
         if level < max(usual_level * (1 + OWN_PAST) / 2, others + MIN_EXCESS_SECONDS / 2):
-            since, state.since = state.since, None
-            return f"{self._name(rank)} is no longer slow, after {step - since} steps"
+            del self._slow[rank]
+            return f"{self._name(rank)} is no longer slow, after {step - slow.since} steps"
 
         return ""
 
-    @staticmethod
-    def _usual(state: _Rank, only_if_high: bool) -> float | None:
+    def _usual(self, rank: int, only_if_high: bool) -> float | None:
         """Usual ratio of a rank to the others; None without enough past.
 
         `only_if_high`: also None unless most of its window is above that ratio by OWN_PAST.
         """
-        if len(state.past) < ENOUGH_PAST:
+        count = min(int(self._num_past[rank]), PAST_STEPS)
+        if count < ENOUGH_PAST:
             return None
+        usual = float(np.median(self._past[rank, :count]))
         if not only_if_high:
-            return median(state.past)
-        ratio = sorted(value for _, value in state.window)[OWN_ORDER]
-        # No median is below the least, and that is found faster.
-        if ratio <= OWN_PAST * min(state.past):
-            return None
-        usual = median(state.past)
+            return usual
+        ratio = np.sort(self._ratios[rank])[OWN_ORDER]
         return usual if ratio > OWN_PAST * usual else None
 
+    def _others(self, values: Array) -> Array:
+        """Median of the others of its group for each rank.
+
+        In a large group, the median of all values, which is the same.
+        """
+        found = np.empty_like(values)
+        for group in self._groups:
+            part = values[group]
+            if len(group) > LARGE_GROUP:
+                found[group] = np.median(part)
+            else:
+                found[group] = [np.median(np.delete(part, n)) for n in range(len(group))]
+        return found
+
     def _own_seconds(self, rank: int) -> float:
-        return median(value for value, _ in self._ranks[rank].window) * self._share[rank]
+        return float(np.median(self._window[rank]) * self._share[rank])
 
     def _name(self, rank: int) -> str:
         return f"rank {rank}" if self._hosts is None else f"rank {rank} ({self._hosts[rank]})"
-
-
-def _others(values: dict[int, float]) -> dict[int, float]:
-    """Median of the others' values for each rank of a group.
-
-    In a large group, the median of all values, which is the same.
-    """
-    if len(values) > LARGE_GROUP:
-        return dict.fromkeys(values, median(values.values()))
-    return {
-        rank: median(value for other, value in values.items() if other != rank) for rank in values
-    }

@@ -16,13 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from k2train.checkpoint.blocks import MASTER, TORCH_DTYPES
 from k2train.checkpoint.manifest import (
     MANIFEST,
-    CheckpointManifest,
     is_thinned,
     list_checkpoints,
     read_manifest,
@@ -32,12 +30,9 @@ from k2train.checkpoint.reshard_read import Read, Target, execute_reads, plan_re
 from k2train.checkpoint.retention import is_on_demand
 from k2train.checkpoint.side_files import FileTable
 from k2train.checkpoint.verify import check_folders, check_headers, verify_checkpoint
-from k2train.config.schema import ModelConfig
 from k2train.errors import CheckpointError, UnavailableError
 from k2train.hf.config_file import DTYPE_NAMES
-from k2train.hf.shapes import tensor_shapes
-from k2train.json_record import first_mistake
-from k2train.model.architecture import Architecture, RopeScaling
+from k2train.hf.shapes import architecture_of, tensor_shapes
 from k2train.retry import is_file_retried, is_passing
 
 
@@ -56,30 +51,10 @@ def checkpoints_to_try(path: Path) -> list[Path]:
     return found[::-1]
 
 
-def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
-    """Return the model that a checkpoint holds. Raises CheckpointError when it does not say."""
-    try:
-        m = ModelConfig.model_validate(manifest.config.get("model"))
-    except ValidationError as error:
-        raise CheckpointError(f"{path / MANIFEST}: config.model: {first_mistake(error)}") from None
-    return architecture_of_model(m)
-
-
-def architecture_of_model(m: ModelConfig) -> Architecture:
-    """Return the architecture of a config's model section."""
-    scaling = m.rope_scaling
-    return Architecture(
-        m.num_layers,
-        m.hidden_size,
-        m.ffn_hidden_size,
-        m.num_heads,
-        m.num_kv_heads,
-        m.vocab_size,
-        m.rope_theta,
-        m.norm_eps,
-        m.init_std,
-        None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
-    )
+def newer_save(run: Path) -> Path | None:
+    """Return a save inside a chunk that is newer than every numbered checkpoint of a run."""
+    newest = list_checkpoints(run / "checkpoints")[-1:]
+    return newest[0] if newest and is_on_demand(newest[0]) else None
 
 
 class CheckpointSource:
@@ -93,7 +68,9 @@ class CheckpointSource:
         self.architecture = architecture_of(path, self.manifest)
         self.shapes = tensor_shapes(self.architecture)
         self.thinned = is_thinned(path)
-        stored = {facts["dtype"] for facts in self.manifest.tensors.get("model", {}).values()}
+        stored = self._stored = {
+            facts["dtype"] for facts in self.manifest.tensors.get("model", {}).values()
+        }
         own = "fp32" if "float32" in stored else "bf16"
         self.precision = precision or own
         self.dtype = TORCH_DTYPES[DTYPE_NAMES[self.precision]]
@@ -105,6 +82,13 @@ class CheckpointSource:
         self._check_tensors()
         with _one_line(path):
             self._reads = self._plan()
+
+    @property
+    def values(self) -> str:
+        """Where the values are read, in words."""
+        rounded = self.precision == "fp32" and "float32" not in self._stored
+        removed = self.folder == "model" and rounded
+        return f"{self.folder}/" + (", its master weights were removed" if removed else "")
 
     def _check_tensors(self) -> None:
         found = self.manifest.shapes(self.folder)
@@ -145,9 +129,11 @@ class CheckpointSource:
         reads = [
             replace(read, target=replace(read.target, values=values)) for read in self._reads[name]
         ]
+        # Every stored dtype is exact in fp32: a copy converts it, without a tensor in between.
         same = all(TORCH_DTYPES[read.extent.dtype] == self.dtype for read in reads)
+        exact = same or self.dtype == torch.float32
         with _one_line(self.path):
-            execute_reads(reads, round_to=None if same else self.dtype)
+            execute_reads(reads, round_to=None if exact else self.dtype)
         return values
 
 

@@ -10,6 +10,7 @@ Alternatives considered:
 - Reading through transformers: it fills in what a folder leaves out, and takes any architecture.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 
 
 @dataclass(frozen=True)
+class TokenIds:
+    """Ids of the tokens that begin, end and pad a text; None: there is none, or nobody knows."""
+
+    bos: int | None = None
+    eos: int | None = None
+    pad: int | None = None
+
+    @classmethod
+    def read(cls, content: dict[str, Any]) -> "TokenIds":
+        """Take the ids from a JSON object with the keys `bos`, `eos` and `pad`, each optional."""
+        found = (content.get(key) for key in ("bos", "eos", "pad"))
+        return cls(*(value if type(value) is int and value >= 0 else None for value in found))
+
+
+@dataclass(frozen=True)
 class FolderModel:
     """What a folder's `config.json` says of its model."""
 
@@ -53,10 +69,11 @@ class FolderModel:
     max_positions: int | None
     tied: bool
     """Whether the head is the embedding: then the folder holds one tensor for both."""
+    ids: TokenIds = TokenIds()
 
 
 def config_json(
-    a: Architecture, max_positions: int, precision: str, bos: int | None, eos: int | None
+    a: Architecture, max_positions: int, precision: str, ids: TokenIds
 ) -> dict[str, Any]:
     """Return the content of `config.json`; `precision` is `fp32` or `bf16`."""
     scaling = _scaling_json(a.rope_scaling)
@@ -65,9 +82,9 @@ def config_json(
         "architectures": [SUPPORTED["llama"]],
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": bos,
+        "bos_token_id": ids.bos,
         "dtype": DTYPE_NAMES[precision],
-        "eos_token_id": eos,
+        "eos_token_id": ids.eos,
         "head_dim": a.head_dim,
         "hidden_act": "silu",
         "hidden_size": a.hidden_size,
@@ -79,7 +96,7 @@ def config_json(
         "num_attention_heads": a.num_heads,
         "num_hidden_layers": a.num_layers,
         "num_key_value_heads": a.num_kv_heads,
-        "pad_token_id": None,
+        "pad_token_id": ids.pad,
         "pretraining_tp": 1,
         "rms_norm_eps": a.norm_eps,
         "rope_parameters": {**default, "rope_theta": a.rope_theta},
@@ -92,9 +109,26 @@ def config_json(
     }
 
 
-def generation_json(bos: int | None, eos: int | None) -> dict[str, Any]:
-    """Return the content of `generation_config.json`: greedy, as nothing else was chosen."""
-    return {"_from_model_config": True, "bos_token_id": bos, "eos_token_id": eos}
+def generation_json(
+    ids: TokenIds, stops: Sequence[int] = (), spare: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Return the content of `generation_config.json`: greedy, as nothing else was chosen.
+
+    An answer ends at the end of a document, and at each of `stops`. The ids of `spare`, rows that
+    no text has, are never chosen.
+    """
+    ends = list(dict.fromkeys([*([] if ids.eos is None else [ids.eos]), *stops]))
+    content: dict[str, Any] = {
+        # Of the model alone, where nothing is said that its own config does not say.
+        "_from_model_config": not stops and not spare,
+        "bos_token_id": ids.bos,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+    if ids.pad is not None:
+        content["pad_token_id"] = ids.pad
+    if spare:
+        content["suppress_tokens"] = list(spare)
+    return content
 
 
 def _scaling_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -161,7 +195,14 @@ class _Reader:
             init_std=self._number("initializer_range", 0.02),
             rope_scaling=scaling,
         )
-        return FolderModel(architecture, positions, self._flag("tie_word_embeddings"))
+        ids = {key: self._first(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        tied = self._flag("tie_word_embeddings")
+        return FolderModel(architecture, positions, tied, TokenIds.read(ids))
+
+    def _first(self, field: str) -> Any:
+        """Return an id; the first one where there are several, as for the ends of Llama 3."""
+        value = self.content.get(field)
+        return next(iter(value), None) if isinstance(value, list) else value
 
     def _check_architecture(self) -> None:
         kind = self.content.get("model_type")

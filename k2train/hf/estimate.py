@@ -8,7 +8,6 @@ Alternatives considered:
 - A table of rates: it knows neither this disk nor this processor.
 """
 
-import resource
 import shutil
 import tempfile
 import time
@@ -19,6 +18,7 @@ from k2train.hf.export import plan_tensors
 from k2train.hf.shapes import tensor_shapes
 from k2train.hf.shard_writer import Shard, plan_shards, write_shards
 from k2train.model.architecture import Architecture
+from k2train.processes import peak_resident_bytes
 
 MEASURED_BYTES = 2**29
 """Bytes that are written at most."""
@@ -59,7 +59,7 @@ def estimate_export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    used = peak_resident_bytes()
     sizes = sorted((tensor.num_bytes for tensor in every), reverse=True)
     total = sum(sizes)
     return ExportEstimate(tuple(shards), total / rate, rate, used + sum(sizes[1:2]))

@@ -9,10 +9,10 @@ Alternatives considered:
 """
 
 import json
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 from k2train.checkpoint.blocks import tensor_bytes
 from k2train.checkpoint.disk_space import free_bytes
 from k2train.checkpoint.manifest import manifest_sha256
-from k2train.data.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from k2train.data.tokenizer import Tokenizer
 from k2train.errors import CheckpointError, RunError, UnavailableError
-from k2train.files import sync_directory
+from k2train.files import OwnFolder, remove_empty, sync_directory
 from k2train.hf.checkpoint_source import CheckpointSource
 from k2train.hf.config_file import CONFIG, GENERATION, config_json, generation_json
 from k2train.hf.folder import RECORD
@@ -39,8 +39,10 @@ from k2train.hf.shard_writer import (
 )
 from k2train.hf.tokenizer_check import TokenizerResult, check_tokenizer
 from k2train.hf.tokenizer_files import write_tokenizer
-from k2train.retry import exists_retried, reason
-from k2train.text import bytes_text
+from k2train.hf.tokenizer_source import ids_of
+from k2train.hf.turn_ends import find_turn_ends
+from k2train.retry import exists_retried, list_retried, reason
+from k2train.text import bytes_text, counted
 
 SHARD_BYTES = 5 * 10**9
 SMALL_FILES_BYTES = 2**26
@@ -97,35 +99,51 @@ def export(
     no room, and CheckFailedError when a check fails. Nothing is left then.
     """
     refuse_existing(folder)
-    if options.check and find_spec("transformers") is None:
-        raise RunError(
-            "the checks of an export need transformers: bash scripts/setup.sh data eval; or leave "
-            "them out (--no-check)"
-        )
+    _require_transformers(tokenizer, options)
     began = time.monotonic()
     shards = plan_shards(plan_tensors(source.shapes, source.precision), options.shard_bytes)
+    made = [one for one in folder.parents if not exists_retried(one)]
     temporary = folder.parent / f".{folder.name}.export.tmp"
+    own: OwnFolder | None = None
     try:
         _check_room(folder, shards)
-        # What an export that was killed has left.
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = _write(temporary, source, shards, tokenizer, options)
-        log(f"written: {len(files)} files, {bytes_text(sum(file.bytes for file in files))}")
+        own = OwnFolder(temporary)
+        files = _write(temporary, source, shards, tokenizer, options, log)
+        size = bytes_text(sum(file.bytes for file in files))
+        log(f"written: {counted(len(files), 'file')}, {size}")
         model, spelling = _check(temporary, source, tokenizer, options, log)
         done = Exported(folder, source, tuple(files), model, spelling, time.monotonic() - began)
-        _write_json(temporary / RECORD, record_json(done, tokenizer))
+        small = _small_files(temporary, files)
+        _write_json(temporary / RECORD, record_json(done, tokenizer, small))
         sync_directory(temporary)
         # A folder that appeared meanwhile is no empty one, so the rename refuses it.
         temporary.rename(folder)
         sync_directory(folder.parent)
         return done
+    except BlockingIOError:
+        raise RunError(
+            f"{folder} is being written by another export: wait for it, or name another folder"
+        ) from None
     except OSError as error:
         raise UnavailableError(
             f"{folder} could not be written ({reason(error, folder.parent)}); nothing was left"
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if own is not None:
+            own.close()
+        remove_empty(made)
+
+
+def _require_transformers(tokenizer: Tokenizer | None, options: ExportOptions) -> None:
+    if find_spec("transformers") is not None:
+        return
+    setup = "pip install 'k2train[eval]'"
+    if options.check:
+        raise RunError(
+            f"the checks of an export need transformers: {setup}; or leave them out (--no-check)"
+        )
+    if tokenizer is not None and options.chat_template is not None:
+        raise RunError(f"a chat template is rendered by transformers: {setup}")
 
 
 class CheckFailedError(UnavailableError):
@@ -157,15 +175,35 @@ def _write(
     shards: list[Shard],
     tokenizer: Tokenizer | None,
     options: ExportOptions,
+    log: Callable[[str], None],
 ) -> list[WrittenFile]:
     positions = _max_positions(source)
-    config = config_json(source.architecture, positions, source.precision, BOS_ID, EOS_ID)
+    ids = ids_of(source.path, source.manifest, tokenizer)
+    config = config_json(source.architecture, positions, source.precision, ids)
     _write_json(temporary / CONFIG, config)
-    _write_json(temporary / GENERATION, generation_json(BOS_ID, EOS_ID))
     _write_json(temporary / INDEX, index_json(shards))
+    stops: tuple[int, ...] = ()
+    spare = range(0)
     if tokenizer is not None:
+        spare = range(tokenizer.vocab_size, source.architecture.vocab_size)
         write_tokenizer(temporary, tokenizer, positions, options.chat_template)
+        if options.chat_template is not None:
+            stops = _turn_ends(temporary, tokenizer, log)
+    _write_json(temporary / GENERATION, generation_json(ids, stops, spare))
     return write_shards(temporary, shards, lambda tensor: tensor_bytes(source.read(tensor.source)))
+
+
+def _turn_ends(
+    temporary: Path, tokenizer: Tokenizer, log: Callable[[str], None]
+) -> tuple[int, ...]:
+    """Return the ids that end an answer of a conversation. Raises RunError, CheckFailedError."""
+    ends = find_turn_ends(temporary, tokenizer)
+    if ends.problem:
+        raise CheckFailedError(f"check failed: {ends.problem}; nothing was left")
+    end = tokenizer.decode([tokenizer.eos_id])
+    names = ", ".join(dict.fromkeys([end, *ends.names]))
+    log(f"chat template: an answer ends at {names}")
+    return ends.ids
 
 
 def _check(
@@ -183,9 +221,10 @@ def _check(
             _require(
                 spelling.problem + ("; or export with --tokenizer none" if spelling.problem else "")
             )
+            also = f", {spelling.sentencepiece_strings} in sentencepiece"
             log(
-                f"tokenizer: {spelling.strings} strings encode and decode alike in transformers, "
-                f"{spelling.sentencepiece_strings} in sentencepiece"
+                f"tokenizer: {spelling.strings} strings encode and decode alike in transformers"
+                f"{also if spelling.sentencepiece_strings else ''}"
             )
         model = check_model(source.architecture, source.read, temporary, _max_positions(source))
         _require(model.problem)
@@ -204,8 +243,22 @@ def _require(problem: str) -> None:
         raise RunError(problem)
 
 
-def record_json(done: Exported, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return the content of `k2train_export.json`."""
+def _small_files(temporary: Path, shards: list[WrittenFile]) -> list[WrittenFile]:
+    """Everything but weights, whose hashes are known already."""
+    known = {shard.file for shard in shards}
+    contents = [
+        (path.name, path.read_bytes())
+        for path in sorted(list_retried(temporary))
+        if path.name not in known
+    ]
+    return [WrittenFile(name, len(data), sha256(data).hexdigest()) for name, data in contents]
+
+
+def record_json(
+    done: Exported, tokenizer: Tokenizer | None, small: Sequence[WrittenFile]
+) -> dict[str, Any]:
+    """Return the content of `k2train_export.json`; `small` are the files that hold no weights."""
+    files = (*done.files, *small)
     source, manifest = done.source, done.source.manifest
     return {
         "checkpoint": str(source.path),
@@ -218,7 +271,7 @@ def record_json(done: Exported, tokenizer: Tokenizer | None) -> dict[str, Any]:
         "tokenizer_sha256": None if tokenizer is None else tokenizer.sha256,
         "dummy_prefix": None if tokenizer is None else tokenizer.dummy_prefix,
         "specials": None if tokenizer is None else list(tokenizer.specials),
-        "files": {file.file: {"bytes": file.bytes, "sha256": file.sha256} for file in done.files},
+        "files": {file.file: {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         "checks": {
             "model": None if done.model is None else asdict(done.model),
             "tokenizer": None if done.tokenizer is None else asdict(done.tokenizer),

@@ -14,17 +14,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from k2train.data.inspect.trained_tokenizer import JSON_MODEL
 from k2train.errors import CheckpointError
 from k2train.files import sha256_file
 from k2train.hf.config_file import FolderModel, read_config
 from k2train.hf.names import transformers_name
 from k2train.hf.shapes import tensor_shapes
 from k2train.hf.shard_writer import INDEX, SINGLE_FILE
+from k2train.hf.tokenizer_settings import FAST, MODEL
 from k2train.retry import is_file_retried, list_retried, open_retried, retried
 from k2train.safe_json import parse_json, read_json
 
 DTYPES = {"F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2)}
 """Dtype in a file -> its name in a checkpoint, and bytes per element."""
+TOKENIZERS = (MODEL, FAST, JSON_MODEL)
 RECORD = "k2train_export.json"
 """What an export by this project says of itself."""
 MAX_HEADER_BYTES = 1 << 28
@@ -69,7 +72,13 @@ class HuggingFaceFolder:
         self.path = path
         self.model: FolderModel = read_config(path)
         self._headers: list[bytes] = []
-        stored = {tensor.name: tensor for file in self._files() for tensor in self._tensors(file)}
+        self._named: dict[str, str] = {}
+        """Name of a tensor -> its file, as an index says it."""
+        stored: dict[str, StoredTensor] = {}
+        for file in self._files():
+            for tensor in self._tensors(file):
+                self._check_place(tensor, stored.get(tensor.name))
+                stored[tensor.name] = tensor
         self.tensors: dict[str, StoredTensor] = {}
         """By our names, in the order of the forward pass; a tied head is the embedding."""
         self._take(stored)
@@ -98,7 +107,10 @@ class HuggingFaceFolder:
             known = {name: facts["sha256"] for name, facts in files.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{record} is no record of an export ({error!r:.100})") from None
-        for file in dict.fromkeys(tensor.file for tensor in self.tensors.values()):
+        # Not the settings, which a person may change.
+        spelling = (self.path / name for name in TOKENIZERS)
+        weights = (tensor.file for tensor in self.tensors.values())
+        for file in dict.fromkeys((*weights, *filter(is_file_retried, spelling))):
             if file.name in known and sha256_file(file.resolve()) != known[file.name]:
                 raise CheckpointError(
                     f"{file} does not match its hash in {RECORD}; it was changed or damaged"
@@ -115,8 +127,8 @@ class HuggingFaceFolder:
                 + (f"; {pickles[0]} is a pickle, which is not read: convert it" if pickles else "")
             )
         try:
-            table = read_json(index.resolve())["weight_map"]
-            names = sorted(set(table.values()))
+            self._named = dict(read_json(index.resolve())["weight_map"])
+            names = sorted(set(self._named.values()))
         except OSError as error:
             raise CheckpointError(f"{index} cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,8 +149,10 @@ class HuggingFaceFolder:
             content = parse_json(text)
             content.pop("__metadata__", None)
             self._headers.append(f"{file.name} {size} ".encode() + text)
-            for name, facts in content.items():
-                yield _stored(file, name, facts, 8 + len(text), size)
+            begin = 8 + len(text)
+            found = [_stored(file, name, facts, begin, size) for name, facts in content.items()]
+            _check_ranges(file, found, begin, size)
+            yield from found
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read ({error.strerror})") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -146,7 +160,24 @@ class HuggingFaceFolder:
                 raise
             raise CheckpointError(f"{file} is no safetensors file ({error!r:.150})") from None
 
+    def _check_place(self, tensor: StoredTensor, other: StoredTensor | None) -> None:
+        """Raise CheckpointError for a tensor that is in another file than the index says."""
+        shown = ascii(tensor.name[:100])
+        if other is not None:
+            raise CheckpointError(f"{self.path}: {shown} is in {other.file.name} and in another")
+        named = self._named.get(tensor.name, tensor.file.name)
+        if named != tensor.file.name:
+            raise CheckpointError(
+                f"{self.path}: {shown} is in {tensor.file.name}, {INDEX} says {named}"
+            )
+
     def _take(self, stored: dict[str, StoredTensor]) -> None:
+        layers = self.model.architecture.num_layers
+        # A number from a file must not decide how much is made of it.
+        if layers > len(stored):
+            raise CheckpointError(
+                f"{self.path}: num_hidden_layers is {layers}, the files hold {len(stored)} tensors"
+            )
         wanted = tensor_shapes(self.model.architecture)
         for ours, shape in wanted.items():
             name = transformers_name(ours)
@@ -182,6 +213,20 @@ def _read_header(file: Path) -> tuple[bytes, int]:
         return stream.read(size), total
 
 
+def _check_ranges(file: Path, tensors: list[StoredTensor], begin: int, size: int) -> None:
+    """Raise CheckpointError unless the tensors are the bytes of the file, each byte of one."""
+    at = begin
+    for tensor in sorted(tensors, key=lambda one: (one.start, one.stop)):
+        if tensor.start != at:
+            raise CheckpointError(
+                f"{file}: {tensor.name[:100]!a} begins at byte {tensor.start}, the one before ends "
+                f"at {at}: a header of another file, or a damaged one"
+            )
+        at = tensor.stop
+    if at != size:
+        raise CheckpointError(f"{file}: {size - at} bytes behind the last tensor; copy it again")
+
+
 def _stored(file: Path, name: str, facts: Any, begin: int, size: int) -> StoredTensor:
     if facts["dtype"] not in DTYPES:
         raise CheckpointError(
@@ -189,8 +234,11 @@ def _stored(file: Path, name: str, facts: Any, begin: int, size: int) -> StoredT
             f"{', '.join(DTYPES)}"
         )
     dtype, width = DTYPES[facts["dtype"]]
-    shape = tuple(int(n) for n in facts["shape"])
-    start, stop = (begin + int(offset) for offset in facts["data_offsets"])
+    numbers = [*facts["shape"], *facts["data_offsets"]]
+    if any(type(number) is not int for number in numbers):
+        raise CheckpointError(f"{file}: {name[:100]!a} has a size that is no whole number")
+    shape = tuple(facts["shape"])
+    start, stop = (begin + offset for offset in facts["data_offsets"])
     if min(shape, default=0) < 0 or stop - start != prod(shape) * width:
         raise CheckpointError(f"{file}: {name[:100]!a} has {stop - start} bytes, shape {shape}")
     if start < begin or stop > size:

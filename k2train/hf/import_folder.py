@@ -11,8 +11,8 @@ Alternatives considered:
 - Reading the folder at each start of a run: its files have no hashes, and may change meanwhile.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,13 +34,15 @@ from k2train.checkpoint.manifest import (
     read_manifest,
     seal,
 )
+from k2train.checkpoint.moments import ORIGIN
 from k2train.checkpoint.shards import Block, write_shard
 from k2train.checkpoint.side_files import write_pieces
+from k2train.data.inspect.trained_tokenizer import write_beside
 from k2train.errors import RunError, UnavailableError
-from k2train.files import sync_directory, write_synced
+from k2train.files import OwnFolder, remove_empty, sync_directory, write_synced
 from k2train.hf.config_file import LLAMA3
 from k2train.hf.folder import HuggingFaceFolder, StoredTensor
-from k2train.hf.tokenizer_source import tokenizer_of_folder, write_beside
+from k2train.hf.tokenizer_source import tokenizer_of_folder, why_not_compared
 from k2train.model.architecture import Architecture
 from k2train.retry import exists_retried, reason
 from k2train.text import bytes_text
@@ -48,8 +50,6 @@ from k2train.text import bytes_text
 NAME = "ckpt_000"
 FILE_BYTES = 5 * 10**9
 """Bytes of tensors in a shard file; one that is larger has a file of its own."""
-KEY = "hugging_face"
-"""Key of the manifest that says where an imported checkpoint comes from."""
 
 
 def model_section(a: Architecture) -> dict[str, Any]:
@@ -72,12 +72,16 @@ def model_section(a: Architecture) -> dict[str, Any]:
 
 
 def notes_of(folder: HuggingFaceFolder) -> list[str]:
-    """Say what an import changes."""
+    """Say what an import changes, and what of it nobody can compare."""
     tied = (
         "tie_word_embeddings is true: the head becomes a tensor of its own, equal to the "
         "embedding, and is trained apart from it"
     )
-    return [tied] if folder.model.tied else []
+    why = why_not_compared(folder.path)
+    unknown = (
+        f"the tokenizer is not compared, so a run must allow it (run.allow=[tokenizer]): {why}"
+    )
+    return [*([tied] if folder.model.tied else []), *([unknown] if why else [])]
 
 
 def save_facts(folder: HuggingFaceFolder) -> SaveFacts:
@@ -99,10 +103,11 @@ def save_facts(folder: HuggingFaceFolder) -> SaveFacts:
                 vocab_size=None if tokenizer is None else tokenizer.vocab_size,
                 sequence_length=length,
             ),
-            KEY: {
+            ORIGIN: {
                 "folder": str(folder.path),
                 "fingerprint": folder.fingerprint,
                 "tied": folder.model.tied,
+                "token_ids": asdict(folder.model.ids),
             },
         }
     )
@@ -132,7 +137,7 @@ def _content(folder: HuggingFaceFolder, files: dict[str, FileFacts]) -> dict[str
 
 def is_import_of(path: Path, folder: HuggingFaceFolder) -> bool:
     """Whether checkpoint `path` was imported from this very folder. Raises CheckpointError."""
-    origin = (read_manifest(path).model_extra or {}).get(KEY)
+    origin = (read_manifest(path).model_extra or {}).get(ORIGIN)
     return isinstance(origin, dict) and origin.get("fingerprint") == folder.fingerprint
 
 
@@ -149,14 +154,17 @@ def import_folder(
         raise RunError(f"{path} exists; a checkpoint is never overwritten, name another run")
     _check_room(folder, path)
     folder.check_files()
+    tokenizer = tokenizer_of_folder(folder.path)
+    made = [one for one in path.parents if not exists_retried(one)]
     temporary = path.parent / f"{path.name}.import.tmp"
+    own: OwnFolder | None = None
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        own = OwnFolder(temporary)
         for inner in (*FOLDERS, FACTS):
-            (temporary / inner).mkdir(parents=True)
+            (temporary / inner).mkdir()
         files = dict(_write_files(temporary, folder, progress))
         content = _content(folder, files)
-        if (tokenizer := tokenizer_of_folder(folder.path)) is not None:
+        if tokenizer is not None:
             write_beside(temporary, tokenizer)
         write_synced(temporary / MANIFEST, manifest_text(content))
         mark_thinned(temporary, CheckpointManifest.model_validate(content))
@@ -165,12 +173,18 @@ def import_folder(
         sync_directory(temporary)
         temporary.rename(path)
         sync_directory(path.parent)
+    except BlockingIOError:
+        raise RunError(
+            f"{path} is being written by another import: wait for it, or name another run"
+        ) from None
     except OSError as error:
         raise UnavailableError(
             f"{path} could not be written ({reason(error, path.parent)}); nothing was left"
         ) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if own is not None:
+            own.close()
+        remove_empty(made)
     return read_manifest(path)
 
 

@@ -1,6 +1,23 @@
-"""Shapes of a model's tensors by our names, from its sizes alone. No torch."""
+"""Sizes of a model as a manifest has them, and shapes of its tensors by our names. No torch."""
 
-from k2train.model.architecture import Architecture
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from k2train.checkpoint.manifest import MANIFEST, CheckpointManifest
+from k2train.config.schema import ModelConfig
+from k2train.errors import CheckpointError
+from k2train.json_record import first_mistake
+from k2train.model.architecture import Architecture, ModelSection
+
+
+def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
+    """Return the model that a checkpoint holds. Raises CheckpointError when it does not say."""
+    try:
+        m = ModelConfig.model_validate(manifest.config.get("model"))
+    except ValidationError as error:
+        raise CheckpointError(f"{path / MANIFEST}: config.model: {first_mistake(error)}") from None
+    return Architecture.of(ModelSection(m))
 
 
 def tensor_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:

@@ -4,8 +4,6 @@
   stays apart from a space and becomes its three bytes, as in training.
 - Merges follow from the scores of the pieces. Where two places of a text could merge to the same
   piece, sentencepiece takes the left one; the merge with the longer left part comes first for that.
-- The text of a special token stays text, as in training: `split_special_tokens`. A folder with a
-  chat template turns that off, because a template writes its markers as text.
 - `tokenizer.model` is the run's, with two settings appended: what is done to spaces, and whether a
   text gets one in front. Protobuf takes the later value, so readers of that file follow training,
   too.
@@ -15,23 +13,28 @@ Alternatives considered:
 - `tokenizer_class: LlamaTokenizer`: version 5 builds it anew with rules of its own.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
+from k2train.data.json_tokenizer import JsonTokenizer
 from k2train.data.sentencepiece_model import model_content
 from k2train.data.tokenizer import BOS_ID, EOS_ID, UNK_ID, Tokenizer
 from k2train.errors import DataError
-
-MODEL, FAST, SETTINGS, MAP = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+from k2train.hf.json_tokenizer_files import json_files
+from k2train.hf.tokenizer_settings import (
+    FAST,
+    MAP,
+    MODEL,
+    SETTINGS,
+    TEMPLATE,
+    added_token,
+    json_bytes,
+    settings_json,
 )
+
 _SPACE_MARK = "\u2581"
 _NORMAL, _CONTROL, _USER_DEFINED, _BPE = 1, 3, 4, 2
 _RULES = {
@@ -120,29 +123,17 @@ def _merges(pieces: Sequence[tuple[float, str]]) -> Iterator[list[str]]:
 def _added_tokens(
     tokenizer: Tokenizer, pieces: Sequence[tuple[str, int]], texts: Sequence[str]
 ) -> list[dict[str, Any]]:
-    found = [_added(index, texts[index], True) for index in (UNK_ID, BOS_ID, EOS_ID)]
+    found = [added_token(index, texts[index], True) for index in (UNK_ID, BOS_ID, EOS_ID)]
     for index, (_, kind) in enumerate(pieces):
         if kind == _CONTROL and index not in (UNK_ID, BOS_ID, EOS_ID):
-            found.append(_added(index, texts[index], True))
+            found.append(added_token(index, texts[index], True))
         elif kind == _USER_DEFINED and " " not in pieces[index][0]:
             # Sentencepiece never merges across one of these. With a real space in it, it never
             # finds one.
-            found.append(_added(index, texts[index], False))
+            found.append(added_token(index, texts[index], False))
     for index, name in enumerate(tokenizer.specials, tokenizer.base_size):
-        found.append(_added(index, name, True))
+        found.append(added_token(index, name, True))
     return sorted(found, key=lambda token: int(token["id"]))
-
-
-def _added(index: int, text: str, special: bool) -> dict[str, Any]:
-    return {
-        "id": index,
-        "content": text,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": special,
-    }
 
 
 def special_names(tokenizer: Tokenizer) -> dict[str, str]:
@@ -152,46 +143,35 @@ def special_names(tokenizer: Tokenizer) -> dict[str, str]:
     return {role: pieces[index][0] for role, index in ids.items()}
 
 
-def settings_json(
+def sentencepiece_files(
     tokenizer: Tokenizer, max_length: int, chat_template: str | None
-) -> dict[str, Any]:
-    """Return the content of `tokenizer_config.json`."""
+) -> dict[str, bytes]:
+    """Return the files of a tokenizer by name. Raises DataError for one they cannot express."""
     _, pieces = model_content(tokenizer.model)
-    texts = [_text(piece, number) for piece, number in pieces]
-    tokens = _added_tokens(tokenizer, pieces, texts)
-    content: dict[str, Any] = {
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": tokenizer.adds_prefix,
-        "added_tokens_decoder": {
-            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
-            for token in tokens
-        },
-        "additional_special_tokens": list(tokenizer.specials),
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-        "split_special_tokens": chat_template is None,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        **special_names(tokenizer),
+    tokens = _added_tokens(tokenizer, pieces, [_text(piece, number) for piece, number in pieces])
+    names, specials = special_names(tokenizer), list(tokenizer.specials)
+    settings = settings_json(tokens, names, specials, max_length, chat_template)
+    return {
+        MODEL: model_bytes(tokenizer),
+        FAST: json_bytes(fast_json(tokenizer)),
+        SETTINGS: json_bytes({**settings, "add_prefix_space": tokenizer.adds_prefix}),
+        MAP: json_bytes({**names, "additional_special_tokens": specials}),
     }
-    if chat_template is not None:
-        content["chat_template"] = chat_template
-    return content
 
 
 def write_tokenizer(
     folder: Path, tokenizer: Tokenizer, max_length: int, chat_template: str | None = None
-) -> None:
-    """Write the files of a tokenizer into `folder`. Raises OSError."""
-    (folder / MODEL).write_bytes(model_bytes(tokenizer))
-    contents: dict[str, Mapping[str, Any]] = {
-        FAST: fast_json(tokenizer),
-        SETTINGS: settings_json(tokenizer, max_length, chat_template),
-        MAP: {
-            **special_names(tokenizer),
-            "additional_special_tokens": list(tokenizer.specials),
-        },
-    }
-    for name, content in contents.items():
-        text = json.dumps(content, ensure_ascii=False, indent=1)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+) -> list[str]:
+    """Write the files of a tokenizer of either kind into `folder`; returns their names.
+
+    Raises OSError, and DataError for a tokenizer that a `tokenizer.json` cannot express.
+    """
+    if isinstance(tokenizer, JsonTokenizer):
+        files = json_files(tokenizer, max_length, chat_template)
+    else:
+        files = sentencepiece_files(tokenizer, max_length, chat_template)
+    if chat_template is not None:
+        files[TEMPLATE] = chat_template.encode()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return list(files)

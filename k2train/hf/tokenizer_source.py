@@ -1,29 +1,38 @@
-"""The tokenizer of a checkpoint, or of a Hugging Face folder: found, and compared by its hash.
+"""The tokenizer of a checkpoint, or of a Hugging Face folder, and the ids of its control tokens.
 
-- A checkpoint names the data folder that its run read, which holds the tokenizer. A checkpoint that
-  was imported carries its own.
 - Of a Hugging Face folder the sentencepiece model counts, with the special tokens behind its
-  pieces, and whether a text gets a space in front. Without that file nothing can be compared.
+  pieces, and whether a text gets a space in front. Without that file it is `tokenizer.json`, with
+  the control tokens that the files beside it name.
+- A `tokenizer.json` of another kind than byte-level BPE cannot be compared: no data can have it.
 """
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.manifest import CheckpointManifest
-from k2train.data.inspect.account import find_tokenizer
+from k2train.checkpoint.moments import ORIGIN
+from k2train.data.inspect.trained_tokenizer import JSON_MODEL, Trained
+from k2train.data.json_tokenizer import JsonTokenizer, control_tokens_beside
 from k2train.data.manifest import MANIFEST_NAME
-from k2train.data.manifest import read_manifest as read_data_manifest
-from k2train.data.tokenizer import K2_SPECIAL_TOKENS, DummyPrefix, Tokenizer
+from k2train.data.tokenizer import DummyPrefix, Tokenizer
 from k2train.errors import CheckpointError, DataError
-from k2train.hf.tokenizer_files import FAST, MODEL, SETTINGS, without_rules
-from k2train.retry import is_file_retried, is_folder_retried, retried
+from k2train.hf.chat_template import template_of_data
+from k2train.hf.config_file import TokenIds
+from k2train.hf.tokenizer_files import without_rules
+from k2train.hf.tokenizer_settings import FAST, MODEL, SETTINGS
+from k2train.retry import is_file_retried, retried
 from k2train.safe_json import read_json
 
+_WHERE = MODEL
+"""Name of the tokenizer in messages; a reader puts the file's name in its place."""
 NONE = "none"
 """Name of an export without a tokenizer."""
-IMPORTED = "tokenizer.json"
-"""In an imported checkpoint: special tokens and prefix, beside `tokenizer.model`."""
+
+
+def trained_of(path: Path, manifest: CheckpointManifest) -> Trained:
+    """Return what a checkpoint says of its tokenizer."""
+    return Trained(path, manifest.data.tokenizer_sha256, manifest.data.manifest)
 
 
 def tokenizer_of(path: Path, manifest: CheckpointManifest, given: str | None) -> Tokenizer | None:
@@ -33,69 +42,95 @@ def tokenizer_of(path: Path, manifest: CheckpointManifest, given: str | None) ->
     """
     if given == NONE:
         return None
-    wanted = manifest.data.tokenizer_sha256
-    found = _given(Path(given), wanted) if given is not None else _own(path, manifest)
+    found = trained_of(path, manifest).find(None if given is None else Path(given))
     if found is None:
         raise DataError(
             f"the tokenizer of {path} is not in {manifest.data.manifest or 'its data folder'}; "
             "name it with --tokenizer, or export without one (--tokenizer none)"
         )
-    if wanted is not None and found.sha256 != wanted:
+    rows = manifest.config.get("model", {}).get("vocab_size")
+    if isinstance(rows, int) and found.vocab_size > rows:
         raise DataError(
-            f"{given or 'the tokenizer'} is not that of {path}: its sha256 is "
-            f"{found.sha256[:12]}, the run's {wanted[:12]}; name the right one with --tokenizer"
+            f"the tokenizer of {path} has {found.vocab_size} ids, its model {rows}; they do not "
+            "belong together, name the right one with --tokenizer"
         )
     return found
 
 
-def _own(path: Path, manifest: CheckpointManifest) -> Tokenizer | None:
-    if is_file_retried(path / MODEL):
-        return read_beside(path)
-    data = manifest.data.manifest
-    if data is None or not is_file_retried(Path(data)):
-        return None
-    return find_tokenizer(read_data_manifest(data), None)
+def template_of(path: Path, manifest: CheckpointManifest, given: str | None) -> str | None:
+    """Return the chat template of a checkpoint's data, or of the data folder `given`, if any.
+
+    Raises DataError when it is not the one that the data was made with.
+    """
+    folder = trained_of(path, manifest).data_folder
+    if given is not None and is_file_retried(Path(given) / MANIFEST_NAME):
+        folder = Path(given)
+    return None if folder is None else template_of_data(folder)
 
 
-def _given(path: Path, wanted: str | None) -> Tokenizer | None:
-    if is_folder_retried(path):
-        path = path / MANIFEST_NAME
-    if path.name == MANIFEST_NAME:
-        return find_tokenizer(read_data_manifest(str(path)), None)
-    # A model's file does not say what the run made of it; its hash does.
-    prefixes: tuple[DummyPrefix, ...] = ("drop", "keep")
-    every = [
-        Tokenizer.load(path, specials, prefix)
-        for specials in (K2_SPECIAL_TOKENS, ())
-        for prefix in prefixes
-    ]
-    return next((found for found in every if found.sha256 == wanted), every[0])
+def ids_of(path: Path, manifest: CheckpointManifest, tokenizer: Tokenizer | None) -> TokenIds:
+    """Return the ids that begin, end and pad a text: those of `tokenizer`, or the checkpoint's own.
 
-
-def read_beside(path: Path) -> Tokenizer:
-    """Read the tokenizer of an imported checkpoint. Raises DataError."""
-    try:
-        facts = read_json(path / IMPORTED)
-        specials, prefix = tuple(map(str, facts["specials"])), facts["dummy_prefix"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path / IMPORTED} cannot be read ({error!r:.100})") from None
-    return Tokenizer.load(path / MODEL, specials, "keep" if prefix == "keep" else "drop")
-
-
-def write_beside(path: Path, tokenizer: Tokenizer) -> None:
-    """Write a tokenizer into an imported checkpoint, for `read_beside`. Raises OSError."""
-    facts = {"specials": list(tokenizer.specials), "dummy_prefix": tokenizer.dummy_prefix}
-    (path / MODEL).write_bytes(tokenizer.model)
-    (path / IMPORTED).write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    Without a tokenizer they are those that an imported folder named, or unknown.
+    """
+    if tokenizer is None:
+        with suppress(DataError):
+            tokenizer = trained_of(path, manifest).find()
+    if tokenizer is not None:
+        return TokenIds(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    origin = (manifest.model_extra or {}).get(ORIGIN)
+    named = origin.get("token_ids") if isinstance(origin, dict) else None
+    return TokenIds.read(named) if isinstance(named, dict) else TokenIds()
 
 
 def tokenizer_of_folder(folder: Path) -> Tokenizer | None:
-    """Return the tokenizer of a Hugging Face folder; None without a sentencepiece model.
+    """Return the tokenizer of a Hugging Face folder; None without one that can be compared.
 
-    Raises DataError for files that cannot be read, and for a model that this project cannot use.
+    Raises DataError for files that cannot be read, and for a sentencepiece model that this project
+    cannot use.
     """
-    if not is_file_retried(folder / MODEL):
+    if is_file_retried(folder / MODEL):
+        return _sentencepiece(folder)
+    try:
+        return _json_tokenizer(folder)
+    except UnusableError:
         return None
+
+
+def why_not_compared(folder: Path) -> str | None:
+    """Say in words why the tokenizer of a folder cannot be compared; None when it can be."""
+    if is_file_retried(folder / MODEL):
+        return None
+    try:
+        found = _json_tokenizer(folder)
+    except UnusableError as error:
+        return str(error)
+    return f"it has no {MODEL} and no {FAST}" if found is None else None
+
+
+class UnusableError(DataError):
+    """A `tokenizer.json` of a kind that no data of this project can have."""
+
+
+def _json_tokenizer(folder: Path) -> JsonTokenizer | None:
+    """Read the `tokenizer.json` of training, or the folder's own; None without."""
+    file = next((folder / n for n in (JSON_MODEL, FAST) if is_file_retried(folder / n)), None)
+    if file is None:
+        return None
+    try:
+        model = retried(file.resolve().read_bytes, file)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+    tokens = control_tokens_beside(folder / FAST)
+    try:
+        base = JsonTokenizer(model, (), tokens)
+        specials = _specials(folder, _json(folder / SETTINGS), base.base_size)
+        return JsonTokenizer(model, specials, tokens)
+    except DataError as error:
+        raise UnusableError(f"{file}{str(error).removeprefix('tokenizer.model')}") from None
+
+
+def _sentencepiece(folder: Path) -> Tokenizer:
     file = (folder / MODEL).resolve()
     try:
         model, adds_prefix = without_rules(retried(file.read_bytes, file))
@@ -116,16 +151,19 @@ def tokenizer_of_folder(folder: Path) -> Tokenizer | None:
 def _specials(folder: Path, settings: dict[str, Any], base_size: int) -> tuple[str, ...]:
     """Names of the ids behind the pieces, without a gap."""
     named: dict[int, str] = {}
-    for name, number in _json(folder / "added_tokens.json").items():
-        named[number] = name
-    for token in _json(folder / FAST).get("added_tokens") or []:
-        named[token["id"]] = token["content"]
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        named[int(number)] = token["content"]
+    try:
+        for name, number in _json(folder / "added_tokens.json").items():
+            named[int(number)] = str(name)
+        for token in _json(folder / FAST).get("added_tokens") or []:
+            named[int(token["id"])] = str(token["content"])
+        for number, token in (settings.get("added_tokens_decoder") or {}).items():
+            named[int(number)] = str(token["content"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{_WHERE}: the added tokens beside it are none ({error!r:.100})") from None
     behind = sorted(number for number in named if number >= base_size)
     if behind != list(range(base_size, base_size + len(behind))):
         raise DataError(
-            f"tokenizer.model: has {base_size} pieces, and the special tokens behind them leave "
+            f"{_WHERE}: has {base_size} pieces, and the special tokens behind them leave "
             f"gaps ({behind[:5]})"
         )
     return tuple(named[number] for number in behind)

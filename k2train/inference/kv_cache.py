@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from k2train.model.kernels.select import Documents
 from k2train.model.layers import Rotary
 
 
@@ -85,8 +86,10 @@ class CachedAttention:
         """Forget all tokens, and follow `state` from now on."""
         self._state, self._keys, self._values = state, torch.empty(0), torch.empty(0)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        assert mask is None, "documents are not told apart here"
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None
+    ) -> Tensor:
+        assert documents is None, "documents are not told apart here"
         state = self._state
         assert state is not None, "a cache is started before its first pass"
         new, filled = k.shape[2], state.filled

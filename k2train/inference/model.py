@@ -3,12 +3,15 @@
 - One process holds the whole model. Several share it by tensor and pipeline parallelism, by the
   layers and the executor of training.
 - Logits exist where the last stage is, on every tensor-parallel rank alike. The choice of a token
-  is made there, and sent to all ranks.
+  is made there, and sent to all ranks of the replica.
 - On a CPU it computes in fp32. On an accelerator in the precision of training, unless fp32 is
   asked for.
 
+- Replicas (data parallelism) have prompts of their own: their ranks meet nowhere in a pass.
+
 Alternatives considered:
-- Data parallelism: a second process with other prompts does the same.
+- Data parallelism for generation: a second process with other prompts does the same. Evaluation
+  has it, where the items are divided and the scores are of all.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +30,9 @@ from k2train.model.kernels.select import DeviceTraits, choose_kernels
 from k2train.model.transformer import Block, Stage
 from k2train.parallel.agreement import Agreement, Problem
 from k2train.parallel.grid import SINGLE, Axis, ProcessGrid
-from k2train.parallel.messages import TEXTS
 from k2train.parallel.pipeline import Executor
 from k2train.plan.action import Action, Op
-from k2train.plan.layout import Coordinate, Layout
+from k2train.plan.layout import Layout
 from k2train.plan.lockstep import insert_transfers
 
 
@@ -151,26 +153,40 @@ class LanguageModel:
         assert hidden is not None, "only the last stage has logits"
         return self.stage.logits_at(hidden, range(len(tokens)))
 
-    def share(self, batch: int, chosen: Callable[[], Tensor]) -> Tensor:
-        """Tokens [batch] that the last stage chose, on every rank. Collective.
+    def share(self, count: int, chosen: Callable[[], Tensor]) -> Tensor:
+        """Return int64 [count] of the last stage on every rank of this replica. Collective.
 
-        An error of the choice is raised on every rank.
+        Replicas have work of their own, so no exchange waits for other ones. An error of the
+        choice is raised on every rank of the replica.
         """
-        if self.grid is None:
+        if self.tp.group is None and self.pp.group is None:
             return chosen()
-        # The first token is told with a flag, so that no rank waits for one that failed.
-        sent, error = torch.zeros(batch + 1, dtype=torch.int64), ""
+        # Behind the numbers is the length of an error: no rank waits for one that failed.
+        sent, error = torch.zeros(count + 1, dtype=torch.int64), b""
         if self.is_last:
             try:
                 sent[:-1] = chosen()
             except UserError as caught:
-                sent[-1], error = 1, str(caught)
-        source = self.layout.rank(Coordinate(pp=self.layout.pipeline - 1, dp=0, tp=0))
-        dist.broadcast(sent, src=source, group=self.grid.host)
-        if sent[-1]:
-            texts = Agreement(self.grid).all([error] if error else [], TEXTS)
-            raise UserError(next(text for one in texts for text in one))
+                error = str(caught).encode()
+                sent[-1] = len(error)
+
+        sent = self._from_last_stage(sent)
+        if length := int(sent[-1]):
+            # Ranks of a tensor-parallel group have the same logits, and the same error.
+            room = torch.zeros(length, dtype=torch.uint8)
+            if self.is_last:
+                room = torch.frombuffer(bytearray(error), dtype=torch.uint8)
+            raise UserError(bytes(self._from_last_stage(room).tolist()).decode())
         return sent[:-1]
+
+    def _from_last_stage(self, values: Tensor) -> Tensor:
+        """Values of the last stage's first tensor-parallel rank, on every rank of the replica."""
+        sent = values.to(self.device, copy=True)
+        if self.is_last and self.tp.group is not None:
+            dist.broadcast(sent, group=self.tp.group, group_src=0)
+        if self.pp.group is not None:
+            dist.broadcast(sent, group=self.pp.group, group_src=self.pp.size - 1)
+        return sent.cpu()
 
 
 def check_layout(source: Source, tensor: int, pipeline: int) -> None:

@@ -1,15 +1,14 @@
 """Source of a generation: checkpoint, architecture and tokenizer, found without torch.
 
-- A run stands for its newest checkpoint, also while it goes on: what is half saved has another
-  name.
+- A run stands for its newest checkpoint that is whole, also while it goes on: what is half saved
+  has another name. A checkpoint that is named itself has none to fall back on.
 - Shape and context come from the config in the checkpoint's manifest.
 - The tokenizer must have the hash that the checkpoint's data had. It is found beside the data, or
   given.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -20,17 +19,15 @@ from k2train.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
+from k2train.checkpoint.side_files import FileTable
+from k2train.checkpoint.verify import check_headers
 from k2train.config.schema import ModelConfig
-from k2train.data.inspect.account import find_tokenizer
-from k2train.data.load_tokenizer import load_tokenizer
-from k2train.data.manifest import read_manifest as read_data_manifest
-from k2train.data.tokenizer import DummyPrefix, Tokenizer
+from k2train.data.inspect.trained_tokenizer import Trained
+from k2train.data.tokenizer import Tokenizer
 from k2train.errors import CheckpointError, DataError, RunError
 from k2train.json_record import first_mistake
-from k2train.model.architecture import Architecture
+from k2train.model.architecture import Architecture, ModelSection
 from k2train.retry import exists_retried, is_folder_retried
-
-_PREFIXES: tuple[DummyPrefix, ...] = ("drop", "keep")
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,19 @@ class Source:
     """Sequence length of training: positions beyond it were never seen."""
     precision: str
     tokenizer: Tokenizer
+    older: tuple[Path, ...] = ()
+    """Checkpoints of the same run to fall back on, newest first."""
+    refused: tuple[str, ...] = ()
+    """Why newer ones of the run were not taken."""
 
     @classmethod
     def find(cls, path: Path, tokenizer: Path | None = None) -> "Source":
         """Find the checkpoint that `path` names, a checkpoint or a run, and what belongs to it.
 
-        Raises CheckpointError, RunError and DataError.
+        Of a run the newest whose manifest and sizes of files are right; what the files hold is
+        checked when they are read. Raises CheckpointError, RunError and DataError.
         """
-        path = find_checkpoint(path)
+        path, older, refused = _first_whole(checkpoints_of(path))
         manifest = read_manifest(path)
         architecture = architecture_of(path, manifest)
         found = tokenizer_of(path, manifest, tokenizer)
@@ -64,7 +66,43 @@ class Source:
         if not isinstance(context, int) or context < 2:
             raise CheckpointError(f"{path}: its manifest does not say data.sequence_length")
         precision = str(manifest.config.get("precision", "bf16"))
-        return cls(path, manifest, architecture, context, precision, found)
+        return cls(
+            path, manifest, architecture, context, precision, found, tuple(older), tuple(refused)
+        )
+
+    def fall_back(self, problem: str) -> "Source | None":
+        """Return the source of the next older checkpoint, because of a `problem` of this one.
+
+        None where none is left, or the checkpoint was named itself.
+        """
+        if not self.older:
+            return None
+        try:
+            path, older, refused = _first_whole(self.older)
+        except CheckpointError:
+            return None
+        told = (*self.refused, problem, *refused)
+        return replace(
+            self, path=path, manifest=read_manifest(path), older=tuple(older), refused=told
+        )
+
+
+def _first_whole(paths: Sequence[Path]) -> tuple[Path, Sequence[Path], list[str]]:
+    """Return the first checkpoint that looks whole, those behind it, and what others lack.
+
+    Raises the problem of the first one when none does.
+    """
+    problems: list[CheckpointError] = []
+    for index, path in enumerate(paths):
+        try:
+            manifest = read_manifest(path)
+            if len(paths) > 1:
+                check_headers(path, manifest, FileTable(path, manifest).all("model"))
+        except CheckpointError as error:
+            problems.append(error)
+        else:
+            return path, paths[index + 1 :], [str(error) for error in problems]
+    raise problems[0]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -72,8 +110,16 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises RunError.
     """
+    return checkpoints_of(path)[0]
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """Return `path` alone if it is a checkpoint, else those of the run there, newest first.
+
+    Raises RunError.
+    """
     if exists_retried(path / MANIFEST):
-        return path
+        return [path]
     if not is_folder_retried(path):
         raise RunError(f"{path}: is not a folder; give a checkpoint, or the directory of a run")
     found = list_checkpoints(path / "checkpoints")
@@ -82,7 +128,7 @@ def find_checkpoint(path: Path) -> Path:
             f"{path}: is neither a checkpoint (no {MANIFEST}) nor a run with checkpoints; give "
             "RUN/checkpoints/ckpt_NNN or RUN"
         )
-    return found[-1]
+    return found[::-1]
 
 
 def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
@@ -93,8 +139,7 @@ def architecture_of(path: Path, manifest: CheckpointManifest) -> Architecture:
         raise CheckpointError(
             f"{path}: the model section of its config: {first_mistake(error)}"
         ) from None
-    # The keys of the section are the fields of the architecture, by the same names.
-    return Architecture(**{one.name: getattr(model, one.name) for one in fields(Architecture)})
+    return Architecture.of(ModelSection(model))
 
 
 def _section(manifest: CheckpointManifest, name: str) -> dict[str, object]:
@@ -107,44 +152,11 @@ def tokenizer_of(path: Path, manifest: CheckpointManifest, given: Path | None) -
 
     Raises DataError when it is not there, or another one.
     """
-    wanted = manifest.data.tokenizer_sha256
-    if given is not None:
-        found = _given_tokenizer(given, path, manifest)
-    else:
-        folder = _data_folder(path, manifest)
-        tokenizer = None if folder is None else find_tokenizer(read_data_manifest(folder), None)
-        if tokenizer is None:
-            raise DataError(
-                f"{path}: the tokenizer of its data ({manifest.data.manifest}) is not there; give "
-                "it as --tokenizer FILE"
-            )
-        found = tokenizer
-
-    if wanted is not None and re.fullmatch("[0-9a-f]{64}", wanted) and found.sha256 != wanted:
+    trained = Trained(path, manifest.data.tokenizer_sha256, manifest.data.manifest)
+    found = trained.find(given)
+    if found is None:
         raise DataError(
-            f"{given or manifest.data.manifest}: is not the tokenizer of {path}: its sha256 is "
-            f"{found.sha256[:12]}, the checkpoint's {wanted[:12]}; give the right one as "
-            "--tokenizer FILE"
+            f"{path}: the tokenizer of its data ({manifest.data.manifest}) is not there; give "
+            "it as --tokenizer FILE"
         )
     return found
-
-
-def _given_tokenizer(given: Path, path: Path, manifest: CheckpointManifest) -> Tokenizer:
-    """Load a given tokenizer, read in the way that has the checkpoint's hash, if one has."""
-    specials: list[Sequence[str] | None] = [None, ()]
-    folder = _data_folder(path, manifest)
-    if folder is not None and (recorded := read_data_manifest(folder).facts.tokenizer) is not None:
-        specials.insert(0, recorded.specials)
-    ways = [load_tokenizer(given, names, way) for names in specials for way in _PREFIXES]
-    right = [way for way in ways if way.sha256 == manifest.data.tokenizer_sha256]
-    return (right or ways)[0]
-
-
-def _data_folder(path: Path, manifest: CheckpointManifest) -> Path | None:
-    """Folder of the checkpoint's data, where it was; None if it is not there."""
-    if manifest.data.manifest is None:
-        return None
-    named = Path(manifest.data.manifest)
-    # RUNS/NAME/checkpoints/ckpt_NNN: a path in a config is often relative to what holds RUNS.
-    near = [named, *([] if named.is_absolute() else [path.resolve().parents[3] / named])]
-    return next((one for one in near if exists_retried(one)), None)

@@ -10,15 +10,22 @@ from k2train.data.tokenizer import Tokenizer
 
 
 class TextStream:
-    """Text of one answer. `add` returns what a token adds to it, `finish` what still waited."""
+    """Text of one answer. `add` returns what a token adds to it, `finish` what still waited.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    With `drop_space` the space that begins the text is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, drop_space: bool = False) -> None:
+        self._tokenizer, self._drop_space = tokenizer, drop_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         """Return the characters that are complete with this token."""
-        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        text = self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        if text and self._drop_space:
+            self._drop_space = False
+            return text.removeprefix(" ")
+        return text
 
     def finish(self) -> str:
         """Return the rest: U+FFFD for a character that was cut off."""

@@ -40,6 +40,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.run import get_args_parser, run
 
 from k2train.command_line import Parser, command
+from k2train.commands import COMMANDS, started_as
 from k2train.config.load import load_config
 from k2train.errors import (
     EXIT_DONE,
@@ -124,13 +125,15 @@ def start_with_restarts(start: Callable[[], int], restarts: int, supervisor: Sup
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse torchrun's options and ours; exits with one line on an error."""
     theirs = get_args_parser()
+    train = "train" if started_as() else "-m k2train.train"
+    start = started_as() or "python -m k2train.launch"
     parser = Parser(
         prog="python -m k2train.launch",
         description="Start the processes of a run on this machine, hand signals on to them, and "
         "end with their exit code. All options but --restarts are torchrun's.",
         epilog="Exit codes: 0 done; 2 a mistake in config, data or usage; 75 stopped on request "
         "after saving; 130 a second Ctrl-C; 1 any other failure. "
-        "Example: python -m k2train.launch --nproc-per-node 4 -m k2train.train CONFIG.yaml",
+        f"Example: {start} --nproc-per-node 4 {train} CONFIG.yaml",
         parents=[theirs],
         add_help=False,
     )
@@ -142,14 +145,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="On one machine: restart after a crash (exit code 1), at most N times.",
     )
 
+    for action in parser._actions:
+        if action.dest == "training_script":
+            action.help = (
+                "The program of each process: -m k2train.train, the name of another k2train "
+                "command, or a script; its arguments follow."
+            )
+
     if not arguments:
-        parser.error("nothing to start; give -m k2train.train CONFIG.yaml")
+        parser.error(f"nothing to start; give {train} CONFIG.yaml")
     options = parser.parse_args([*TORCHRUN_SIGNALS, *arguments])
 
+    _name_program(options)
     script = options.training_script
     if script.endswith((".yaml", ".yml")):
         # Python would run it as a program, in every process.
-        parser.error(f"{script} is a config, not a program; put -m k2train.train before it")
+        parser.error(f"{script} is a config, not a program; put {train} before it")
     if not (options.module or options.no_python or options.run_path or Path(script).exists()):
         parser.error(f"there is no file {script}; a module needs -m before it")
 
@@ -160,6 +171,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             "leave it to the batch system to start all nodes again"
         )
     return options
+
+
+def _name_program(options: argparse.Namespace) -> None:
+    """Turn `train CONFIG.yaml` and `-m k2train train CONFIG.yaml` into the module they mean."""
+    given = options.training_script_args
+    if options.module and options.training_script == "k2train" and given:
+        name, given = given[0], given[1:]
+    elif not (options.module or options.no_python or Path(options.training_script).exists()):
+        name = options.training_script
+    else:
+        return
+    if name not in COMMANDS:
+        return
+
+    options.module, program = True, COMMANDS[name].program
+    module, given = (program, given) if "." in program else ("k2train", [name, *given])
+    options.training_script, options.training_script_args = module, list(given)
 
 
 def refuse_faults(options: argparse.Namespace) -> None:

@@ -84,9 +84,10 @@ def refuse_repeated_start(launcher: bool = False) -> None:
         )
         raise RunError(
             f"this is {of} that {program} started ({number}={task}), and it {what}: each task "
-            "would train alone; start one launcher a node, as scripts/pretrain.sbatch does: "
-            "`srun --ntasks-per-node=1 python -m k2train.launch --nnodes N --nproc-per-node M "
-            "--rdzv-backend c10d --rdzv-endpoint HOST:PORT -m k2train.train CONFIG.yaml`; if each "
+            "would train alone; start one launcher a node, as scripts/pretrain.sbatch does "
+            "(k2train init writes it): `srun --ntasks-per-node=1 python -m k2train.launch "
+            "--nnodes N --nproc-per-node M --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+            "-m k2train.train CONFIG.yaml`; if each "
             "task is a run of its own, set K2TRAIN_WORLD_SIZE" + ("" if launcher else "=1")
         )
 

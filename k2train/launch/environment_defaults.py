@@ -151,6 +151,16 @@ def set_environment_defaults(world_size: int | None = None, deterministic: bool 
         os.environ.update(deterministic_defaults(world_size))
 
 
+def quiet_profiler() -> None:
+    """Keep torch's profiler from printing two lines each time; before torch starts."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
+def threads_are_chosen() -> bool:
+    """Whether the environment says how many threads a process computes with on a CPU."""
+    return any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+
+
 def deterministic_defaults(world_size: int | None = None) -> dict[str, str]:
     """Return the variables of deterministic kernels that have no value yet, with their defaults."""
     return _missing(DETERMINISTIC_DEFAULTS, world_size)
@@ -192,3 +202,24 @@ def _found(default: EnvironmentDefault) -> str | None:
     """Name under which a default's variable is set; None for none. An empty value counts."""
     names = (default.name, *default.other_names)
     return next((name for name in names if name in os.environ), None)
+
+
+QUIET = {"TQDM_DISABLE": "1", "DISABLE_MULTIPROC": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""For lm-eval: no progress bars, and no processes of its own for a standard error."""
+OFFLINE = dict.fromkeys(
+    (
+        *("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"),
+        *("TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"),
+    ),
+    "1",
+)
+
+
+def set_harness_environment(offline: bool) -> None:
+    """Set what lm-eval and its libraries read when they are imported; before their import.
+
+    `offline`: nothing may try the network, whatever the environment said.
+    """
+    os.environ.update(QUIET)
+    if offline:
+        os.environ.update(OFFLINE)

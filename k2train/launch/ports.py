@@ -14,7 +14,13 @@ from contextlib import suppress
 from pathlib import Path
 
 LISTENING = "0A"
-LAUNCHERS = ("k2train.launch", "torch.distributed.run", "torch.distributed.launch", "torchrun")
+LAUNCHERS = (
+    "k2train.launch",
+    "k2train launch",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "torchrun",
+)
 """Words in the command line of a program that makes or joins a store."""
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any, Protocol, Self
 
 from k2train.plan.cost import ModelShape
 
@@ -20,6 +21,21 @@ class RopeScaling:
     original_max_position_embeddings: int
 
 
+class Described(Protocol):
+    """What has a config's model section: a config, or the part of one in a manifest."""
+
+    @property
+    def model(self) -> Any:
+        """The section, its keys as attributes."""
+
+
+@dataclass(frozen=True)
+class ModelSection:
+    """A model section alone."""
+
+    model: Any
+
+
 @dataclass(frozen=True)
 class Architecture(ModelShape):
     """Sizes and constants of the model, the same for every layout."""
@@ -28,6 +44,24 @@ class Architecture(ModelShape):
     norm_eps: float = 1e-5
     init_std: float = 0.02
     rope_scaling: RopeScaling | None = None
+
+    @classmethod
+    def of(cls, config: Described) -> Self:
+        """Return the architecture of a config's model section, with `num_kv_heads` resolved."""
+        m, scaling = config.model, config.model.rope_scaling
+        assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
+        return cls(
+            m.num_layers,
+            m.hidden_size,
+            m.ffn_hidden_size,
+            m.num_heads,
+            m.num_kv_heads,
+            m.vocab_size,
+            m.rope_theta,
+            m.norm_eps,
+            m.init_std,
+            None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
+        )
 
     @property
     def output_std(self) -> float:

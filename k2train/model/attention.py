@@ -12,7 +12,7 @@ Alternatives considered:
 from torch import Tensor, nn
 
 from k2train.model.architecture import Architecture
-from k2train.model.kernels.select import Kernels
+from k2train.model.kernels.select import Documents, Kernels
 from k2train.model.layers import Rotary
 from k2train.parallel.grid import Axis
 from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
@@ -43,12 +43,12 @@ class Attention(nn.Module):
             f"{prefix}.output.weight", hidden, hidden, tp, a.output_std, kernels.product
         )
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, documents: Documents | None = None) -> Tensor:
         packed = self.qkv(x)
         s, b, _ = packed.shape
         q, k, v = self.split(packed, rotary.cos, rotary.sin, self.heads, self.kv_heads)
 
-        mixed = self.kernel(q, k, v, mask)
+        mixed = self.kernel(q, k, v, documents)
         # The kernels' memory order is [s, b, n, d], so this reshape copies nothing.
         return self.output(mixed.permute(2, 0, 1, 3).reshape(s, b, self.heads * self.head_dim))
 

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from k2train.model.architecture import Architecture
 from k2train.model.attention import Attention
-from k2train.model.kernels.select import Kernels, Norm, document_mask
+from k2train.model.kernels.select import Documents, Kernels, Norm
+from k2train.model.layer_changes import parts_of
+from k2train.model.layer_function import formulas_of, run_as_one, runs_as_one
 from k2train.model.layers import FeedForward, RMSNorm, Rotary
 from k2train.model.recompute import Cheap, run_layer
 from k2train.parallel.collectives import all_gather
@@ -29,7 +31,8 @@ from k2train.parallel.fused_cross_entropy import fused_cross_entropy, position_l
 from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import Sharded
-from k2train.parallel.tensor_parallel import ColumnLinear, VocabEmbedding
+from k2train.parallel.tensor_parallel import ColumnLinear
+from k2train.parallel.vocab_embedding import VocabEmbedding
 
 
 class Block(nn.Module):
@@ -48,17 +51,23 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.recompute, self.add_norm = recompute, kernels.add_norm
+        own = type(self) is Block and recompute == "none"
+        self.kernels, self.formulas = kernels, formulas_of(kernels) if own else None
         prefix = f"layers.{index}"
         self.attention_norm = RMSNorm(f"{prefix}.attention_norm.weight", a, tp, kernels.norm)
         self.attention = Attention(f"{prefix}.attention", a, tp, kernels)
         self.mlp_norm = RMSNorm(f"{prefix}.mlp_norm.weight", a, tp, kernels.norm)
         self.mlp = FeedForward(f"{prefix}.mlp", a, tp, kernels)
+        # A tuple, so that they are not registered a second time.
+        self.parts = parts_of(self)
 
-    def forward(self, x: Tensor, rotary: Rotary, mask: Tensor | None = None) -> Tensor:
-        return run_layer(self, x, self.recompute, rotary, mask)
+    def forward(self, x: Tensor, rotary: Rotary, documents: Documents | None = None) -> Tensor:
+        if self.formulas is not None and documents is None and runs_as_one(self, x):
+            return run_as_one(self, x, rotary)
+        return run_layer(self, x, self.recompute, rotary, documents)
 
     def inner(
-        self, x: Tensor, cheap: Cheap, rotary: Rotary, mask: Tensor | None
+        self, x: Tensor, cheap: Cheap, rotary: Rotary, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         """Compute everything but the SwiGLU and its output product.
 
@@ -66,13 +75,13 @@ class Block(nn.Module):
         """
         add_norm = self.add_norm
         if add_norm is None:
-            x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, mask))
+            x = x + cheap(self.attention_norm, x, lambda y: self.attention(y, rotary, documents))
             return x, cheap(self.mlp_norm, x, self.mlp.gate_up)
 
         # The residual stream leaves each norm as it is: the norm's backward adds both gradients.
         norm = self.attention_norm
         x, y = add_norm(x, None, norm.weight, norm.eps)
-        attended = cheap(norm, x, lambda y: self.attention(y, rotary, mask), y)
+        attended = cheap(norm, x, lambda y: self.attention(y, rotary, documents), y)
 
         norm = self.mlp_norm
         x, y = add_norm(x, attended, norm.weight, norm.eps)
@@ -108,8 +117,7 @@ class Stage(nn.Module):
     """One pipeline stage: tokens [b, s] or activations [s(/tp), b, h] -> activations.
 
     The last stage ends with the final norm. Its output is the input of `loss` or `logits`. With
-    `documents` [b, s], the index of each token's document in its row, attention stops at document
-    borders. Without, it is causal over the whole row.
+    `documents` attention stops at document borders. Without, it is causal over the whole row.
     """
 
     def __init__(
@@ -160,14 +168,13 @@ class Stage(nn.Module):
         """
         self.rotary = rotary
 
-    def forward(self, x: Tensor, documents: Tensor | None = None) -> Tensor:
-        mask = None if documents is None else document_mask(documents)
+    def forward(self, x: Tensor, documents: Documents | None = None) -> Tensor:
         if self.embedding is not None:
             self._about_to_use(self.embedding)
             x = self.embedding(x)
         for block in self.blocks.values():
             self._about_to_use(block)
-            x = block(x, self.rotary, mask)
+            x = block(x, self.rotary, documents)
 
         if self.head is None:
             return x

@@ -4,6 +4,8 @@
 - A rank that failed alone would leave the others in the next collective until the group's timeout.
 - Objects travel as JSON of an agreed form (`parallel/messages`), never as pickles: first the
   lengths, then the bytes.
+- Where nobody has anything to say, or all the same, one number is reduced: what a rank sends and
+  receives does not grow with the world. Only `all` gathers on every rank, and `to_first` on one.
 
 Alternatives considered:
 - torch's collectives of objects: they unpickle what comes over the network.
@@ -11,8 +13,7 @@ Alternatives considered:
 """
 
 from collections.abc import Callable
-from hashlib import sha256
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import (
     MAX_BYTES,
     PROBLEM,
+    TEXT,
     DiskRefused,
     ErrorFacts,
     MessageError,
@@ -39,8 +41,6 @@ MAX_GATHERED_BYTES = 2**33
 """Limit of what one rank receives in an exchange, each message as long as the longest."""
 Problem = str | UnavailableError
 """What is wrong ("" for nothing), or why a rank cannot say."""
-
-_TOLD = TypeAdapter(tuple[str, bool])
 
 
 class Agreement:
@@ -76,9 +76,9 @@ class Agreement:
             # The other ranks must learn of any error, or they would wait for this rank.
             problem = SaveError(f"a checkpoint could not be saved: rank {self.rank}: {error!r}")
 
-        for failure in self.all(None if problem is None else ErrorFacts.of(problem), PROBLEM):
-            if failure is not None:
-                raise failure.error()
+        failure = self.lowest(None if problem is None else ErrorFacts.of(problem), PROBLEM)
+        if failure is not None and failure[1] is not None:
+            raise failure[1].error()
         result: T = value
         return result
 
@@ -87,87 +87,151 @@ class Agreement:
         content = encode(value, form)
         with collective_scope(self.comm, what):
             lengths = self._lengths(content)
-            received = _rows(lengths)
-            if received:
-                dist.all_gather(received, _row(content, lengths), group=self.group)
-        return _decoded(received, lengths, form)
+            rows = None
+            if _is_sent(lengths):
+                rows = self.group.all_gather(_row(content, max(lengths)))
+        # After the collective's scope: no connection was lost.
+        if problem := _problem(lengths):
+            raise MessageError(problem)
+        if rows is None:
+            return [decode(b"", form)] * self.world_size
+        return [
+            decode(row[:length].tobytes(), form)
+            for row, length in zip(rows.numpy(), lengths, strict=True)
+        ]
 
     def distinct(self, value: T, form: TypeAdapter[T], what: str = "") -> list[T]:
         """Gather the values that differ on every rank: each from its lowest rank.
 
         For tables that most ranks share: what is sent does not grow with the world.
         """
-        content = encode(value, form)
-        mine = torch.frombuffer(bytearray(sha256(content).digest()), dtype=torch.uint8)
-        hashes = torch.empty(self.world_size, mine.numel(), dtype=torch.uint8)
+        content, found = encode(value, form), list[_Message]()
         with collective_scope(self.comm, what):
-            dist.all_gather(list(hashes.unbind()), mine, group=self.group)
+            # A rank whose value another has sent has nothing more to say.
+            while not (found and found[-1].problem):
+                told = any(one.content == content for one in found)
+                if (rank := self._lowest_rank(not told)) == self.world_size:
+                    break
+                found.append(self._broadcast(content, rank))
+        return [one.decoded(form) for one in found]
 
-        rows = map(bytes, hashes.numpy())
-        holders = {row: rank for rank, row in reversed(list(enumerate(rows)))}
-        return [self._broadcast(content, rank, form, what) for rank in sorted(holders.values())]
+    def lowest(self, value: T | None, form: TypeAdapter[T], what: str = "") -> tuple[int, T] | None:
+        """Return the lowest rank whose value is not None, and that value; None if nobody has one.
+
+        For what mostly nobody has: then one number is exchanged.
+        """
+        content = encode(value, form) if value is not None else b""
+        with collective_scope(self.comm, what):
+            rank = self._lowest_rank(value is not None)
+            if rank == self.world_size:
+                return None
+            message = self._broadcast(content, rank)
+        return rank, message.decoded(form)
 
     def first(self, problem: Problem, what: str = "") -> tuple[int, str] | None:
         """Return the lowest rank with a problem, and its problem; None when no rank has one.
 
         Raises UnavailableError on every rank when one of them could not look.
         """
-        told = self.all((str(problem), isinstance(problem, UnavailableError)), _TOLD, what)
-        problems = [(rank, text, away) for rank, (text, away) in enumerate(told) if text]
-        for rank, text, away in problems:
-            if away:
-                raise UnavailableError(f"rank {rank}: {text}")
-        return problems[0][:2] if problems else None
+        text, away = str(problem), isinstance(problem, UnavailableError)
+        content = encode(text, TEXT)
+        with collective_scope(self.comm, what):
+            ranks = self._lowest_ranks(bool(text) and away, bool(text))
+            rank = min(ranks) if ranks[0] == self.world_size else ranks[0]
+            if rank == self.world_size:
+                return None
+            message = self._broadcast(content, rank)
+        told = message.decoded(TEXT)
+        if ranks[0] < self.world_size:
+            raise UnavailableError(f"rank {rank}: {told}")
+        return rank, told
 
     def to_first(self, row: torch.Tensor) -> torch.Tensor:
         """Gather every rank's host tensor [...] on rank 0 as [world, ...]; others get an empty one.
 
         Tensors, because objects of a large world take seconds to make.
         """
-        rows = row.new_empty((self.world_size if self.rank == 0 else 0, *row.shape))
-        dist.gather(row, list(rows.unbind()) or None, dst=0, group=self.group)
-        return rows
+        return self.group.gather(row)
 
     def from_first(self, value: T, form: TypeAdapter[T], what: str = "") -> T:
         """Broadcast rank 0's value to every rank. The values of other ranks are not used."""
         content = encode(value, form) if self.rank == 0 else b""
-        return self._broadcast(content, 0, form, what)
-
-    def _broadcast(self, content: bytes, source: int, form: TypeAdapter[T], what: str) -> T:
-        """Return the value whose message is `content` on rank `source`."""
-        length = torch.tensor([len(content) if self.rank == source else 0])
         with collective_scope(self.comm, what):
-            dist.broadcast(length, src=source, group=self.group)
-            lengths = [int(length)]
-            if not _is_sent(lengths):
-                row = None
-            else:
-                row = _row(content if self.rank == source else b"", lengths)
-                dist.broadcast(row, src=source, group=self.group)
-        return _decoded([] if row is None else [row], lengths, form)[0]
+            message = self._broadcast(content, 0)
+        return message.decoded(form)
 
     def sum(self, value: torch.Tensor, what: str = "") -> torch.Tensor:
-        """Sum a host tensor of integers over all ranks, in place."""
+        """Sum a host tensor over all ranks, in place."""
         with collective_scope(self.comm, what):
-            dist.all_reduce(value, group=self.group)
+            self.group.all_reduce(value)
         return value
+
+    def largest(self, value: torch.Tensor, what: str = "") -> torch.Tensor:
+        """Take the maximum of a host tensor over all ranks, in place."""
+        with collective_scope(self.comm, what):
+            self.group.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def _broadcast(self, content: bytes, source: int) -> "_Message":
+        """Send the message of rank `source` to all, first its length; one too long is not sent."""
+        length = torch.tensor([len(content) if self.rank == source else 0])
+        self.group.broadcast(length, source)
+        message = _Message(source, int(length), b"")
+        if message.length == 0 or message.problem:
+            return message
+        row = _row(content if self.rank == source else b"", message.length)
+        self.group.broadcast(row, source)
+        return message._replace(content=row.numpy().tobytes())
+
+    def _lowest_rank(self, has: bool) -> int:
+        """Lowest rank for which it is so; `world_size` where it is for none."""
+        return self._lowest_ranks(has)[0]
+
+    def _lowest_ranks(self, *has: bool) -> list[int]:
+        """Return that rank for each of several questions, in one exchange."""
+        ranks = torch.tensor([self.rank if one else self.world_size for one in has])
+        self.group.all_reduce(ranks, op=dist.ReduceOp.MIN)
+        found: list[int] = ranks.tolist()
+        return found
 
     def _lengths(self, content: bytes) -> list[int]:
         """Bytes of every rank's message."""
-        lengths = torch.empty(self.world_size, dtype=torch.int64)
-        dist.all_gather(list(lengths.split(1)), torch.tensor([len(content)]), group=self.group)
-        found: list[int] = lengths.tolist()
+        lengths = self.group.all_gather(torch.tensor([len(content)]))
+        found: list[int] = lengths.flatten().tolist()
         return found
+
+
+class _Message(NamedTuple):
+    """What one rank sent to all."""
+
+    source: int
+    length: int
+    content: bytes
+    """Nothing if it was too long."""
+
+    @property
+    def problem(self) -> str:
+        """Why it was not sent; "" if it was. All ranks say the same."""
+        if 0 <= self.length <= MAX_BYTES:
+            return ""
+        return _too_long(self.source, self.length)
+
+    def decoded(self, form: TypeAdapter[T]) -> T:
+        """The value. Raises MessageError."""
+        if self.problem:
+            raise MessageError(self.problem)
+        return decode(self.content, form)
+
+
+def _too_long(rank: int, length: int) -> str:
+    return f"rank {rank} would send {length} bytes to other ranks at once, the limit is {MAX_BYTES}"
 
 
 def _problem(lengths: list[int]) -> str:
     """Say which message is too long; "" if none is. All ranks say the same."""
     longest = max(lengths)
     if not 0 <= min(lengths) <= longest <= MAX_BYTES:
-        return (
-            f"rank {lengths.index(longest)} would send {longest} bytes to other ranks at once, "
-            f"the limit is {MAX_BYTES}"
-        )
+        return _too_long(lengths.index(longest), longest)
     if longest * len(lengths) > MAX_GATHERED_BYTES:
         return (
             f"{len(lengths)} messages of up to {longest} bytes are more than a rank takes at once "
@@ -176,40 +240,14 @@ def _problem(lengths: list[int]) -> str:
     return ""
 
 
-def _refuse_if_too_long(lengths: list[int]) -> None:
-    if problem := _problem(lengths):
-        raise MessageError(problem)
-
-
 def _is_sent(lengths: list[int]) -> bool:
     """Return whether any byte follows the lengths."""
     return max(lengths) > 0 and not _problem(lengths)
 
 
-def _row(content: bytes, lengths: list[int]) -> torch.Tensor:
-    """The message as bytes [longest], with zeros after its end."""
-    row = torch.zeros(max(lengths), dtype=torch.uint8)
+def _row(content: bytes, length: int) -> torch.Tensor:
+    """The message as bytes [length], with zeros after its end."""
+    row = torch.zeros(length, dtype=torch.uint8)
     if content:
         row[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     return row
-
-
-def _rows(lengths: list[int]) -> list[torch.Tensor]:
-    """Room for the messages of all ranks, each [longest]; none where nothing is sent."""
-    if not _is_sent(lengths):
-        return []
-    return list(torch.zeros(len(lengths), max(lengths), dtype=torch.uint8))
-
-
-def _decoded(received: list[torch.Tensor], lengths: list[int], form: TypeAdapter[T]) -> list[T]:
-    """The values of all messages. Raises MessageError when one was too long to be sent.
-
-    After the collective's scope: no connection was lost.
-    """
-    _refuse_if_too_long(lengths)
-    if not received:
-        return [decode(b"", form) for _ in lengths]
-    return [
-        decode(row[:length].numpy().tobytes(), form)
-        for row, length in zip(received, lengths, strict=True)
-    ]

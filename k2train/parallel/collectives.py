@@ -32,7 +32,8 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Pending:
     """Handle of a collective that may still be running.
 
-    Its tensors must not be written before `wait` returns.
+    Its tensors must not be written before `wait` returns. `sent`, what it reads, is held until
+    then: backends differ in whether they do.
 
     `axis` and `what` name the collective for the communication tracker.
     """
@@ -44,8 +45,10 @@ class Pending:
         finish: Callable[[], object] | None = None,
         axis: Axis | None = None,
         what: str = "",
+        sent: Tensor | None = None,
     ):
         self._out, self._work, self._finish, self._axis, self._what = out, work, finish, axis, what
+        self._sent = sent
 
     def wait(self) -> Tensor:
         """Return the complete result (on an accelerator: complete for work queued after this).
@@ -56,13 +59,14 @@ class Pending:
         if work is not None:
             with wait_scope(None if self._axis is None else self._axis.comm, self._what):
                 work.wait()
+        self._sent = None
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
         return self._out
 
 
-def _pair(x: Tensor, axis: Axis) -> bool:
+def _is_pair(x: Tensor, axis: Axis) -> bool:
     """Whether the axis is two ranks in host memory, which swap their parts and add.
 
     gloo's own collectives need more steps and copies for the same result. Medians of two processes,
@@ -73,13 +77,49 @@ def _pair(x: Tensor, axis: Axis) -> bool:
     return axis.size == 2 and x.device.type == "cpu"
 
 
-def _swap(mine: Tensor, other: Tensor, axis: Axis, wait: bool, name: str) -> Any:
-    """Send `mine` to the other of two ranks and receive `other`, both contiguous, of one size."""
+def swap_start(
+    mine: Tensor,
+    out: Tensor,
+    axis: Axis,
+    wait: bool,
+    name: str,
+    ours: Tensor | None = None,
+    op: Callable[..., Tensor] = torch.add,
+) -> Pending:
+    """Start to send `mine` to the other of two ranks, and to receive as much into `out`.
+
+    With `ours` the result is op(received, ours), and `out` may be `ours`. All are contiguous and of
+    one size. With `wait` it is complete on return. Collective.
+    """
+    flat = out.view(-1)
+    if wait and axis.pair is not None:
+        # Combined where the other rank has written it, without a copy.
+        receive = partial(_receive, flat, None if ours is None else ours.view(-1), op)
+        with collective_scope(axis.comm, name):
+            axis.pair.exchange(mine, receive, name)
+        return Pending(out)
+
+    received = flat if out is not ours else torch.empty_like(flat)
     splits = [0, mine.numel()] if axis.rank == 0 else [mine.numel(), 0]
     with collective_scope(axis.comm, name):
-        return dist.all_to_all_single(
-            other.view(-1), mine.view(-1), splits, splits, group=axis.group, async_op=not wait
+        work = dist.all_to_all_single(
+            received, mine.view(-1), splits, splits, group=axis.group, async_op=not wait
         )
+
+    finish = None
+    if ours is not None:
+        finish = partial(_receive, flat, ours.view(-1), op, slice(None), received)
+    return _finished(Pending(out, work, finish, axis, name, mine), wait)
+
+
+def _receive(
+    out: Tensor, ours: Tensor | None, op: Callable[..., Tensor], part: slice, theirs: Tensor
+) -> None:
+    """Put what was received of a part into `out`; all flat."""
+    if ours is None:
+        out[part].copy_(theirs)
+    else:
+        op(theirs, ours[part], out=out[part])
 
 
 def _finished(pending: Pending, wait: bool) -> Pending:
@@ -99,11 +139,11 @@ def all_reduce_start(
         return Pending(x)
 
     name = f"all-reduce {axis.name}"
-    if _pair(x, axis) and op in _IN_PLACE:
-        mine = x.contiguous()
-        other = torch.empty_like(mine)
-        work = _swap(mine, other, axis, wait, name)
-        return _finished(Pending(x, work, lambda: _IN_PLACE[op](x, other, out=x), axis, name), wait)
+    if _is_pair(x, axis) and op in _IN_PLACE:
+        flat = x.contiguous()
+        swapped = swap_start(flat, flat, axis, wait, name, flat, _IN_PLACE[op])
+        copy = None if flat is x else partial(x.copy_, flat)
+        return _finished(Pending(x, swapped, copy), wait)
 
     with collective_scope(axis.comm, name):
         work = dist.all_reduce(x, op=op, group=axis.group, async_op=not wait)
@@ -123,16 +163,23 @@ def all_gather_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
     x, name = x.contiguous(), f"all-gather {axis.name}"
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:]))
 
-    if not _pair(x, axis):
+    if wait and axis.mesh is not None:
+        gathered = out.view(axis.size, *x.shape)
+        with collective_scope(axis.comm, name):
+            axis.mesh.swap([x] * axis.size, gathered, name)
+        gathered[axis.rank].copy_(x)
+        return Pending(out)
+
+    if not _is_pair(x, axis):
         with collective_scope(axis.comm, name):
             work = _all_gather(out, x, group=axis.group, async_op=not wait)
-        return Pending(out, work, None, axis, name)
+        return Pending(out, work, None, axis, name, x)
 
     # Two ranks: receive the other's block in place, and copy our own meanwhile.
     blocks = out.view(2, *x.shape)
-    work = _swap(x, blocks[1 - axis.rank], axis, wait, name)
+    swapped = swap_start(x, blocks[1 - axis.rank], axis, wait, name)
     blocks[axis.rank].copy_(x)
-    return Pending(out, work, None, axis, name)
+    return Pending(out, swapped)
 
 
 def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
@@ -152,20 +199,24 @@ def reduce_scatter_start(x: Tensor, axis: Axis, wait: bool = False) -> Pending:
     out = x.new_empty((x.shape[0] // axis.size, *x.shape[1:]))
     blocks = x.view(axis.size, *out.shape)
 
-    if _pair(x, axis):
-        work = _swap(blocks[1 - axis.rank], out, axis, wait, name)
-        return _finished(Pending(out, work, lambda: out.add_(blocks[axis.rank]), axis, name), wait)
+    if _is_pair(x, axis):
+        return swap_start(blocks[1 - axis.rank], out, axis, wait, name, blocks[axis.rank])
 
     if x.device.type != "cpu":
         with collective_scope(axis.comm, name):
             work = _reduce_scatter(out, x, group=axis.group, async_op=not wait)
-        return Pending(out, work, None, axis, name)
+        return _finished(Pending(out, work, None, axis, name, x), wait)
 
-    received = torch.empty_like(x)
+    received, work = torch.empty_like(x), None
+    parts = received.view(axis.size, *out.shape)
     with collective_scope(axis.comm, name):
-        work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
+        if wait and axis.mesh is not None:
+            axis.mesh.swap(blocks, parts, name)
+            parts[axis.rank].copy_(blocks[axis.rank])
+        else:
+            work = dist.all_to_all_single(received, x, group=axis.group, async_op=not wait)
 
-    finish = partial(_sum_blocks, received.view(axis.size, *out.shape), out)
+    finish = partial(_sum_blocks, parts, out)
     return _finished(Pending(out, work, finish, axis, name), wait)
 
 

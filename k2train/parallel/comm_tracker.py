@@ -14,8 +14,17 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
+from typing import Protocol
 
-from k2train.parallel.own_time import OwnTime
+
+class ExchangeListener(Protocol):
+    """What is told when an exchange begins to block, and when it is over."""
+
+    def block(self) -> None:
+        """An exchange begins; from here on this rank may wait for others."""
+
+    def resume(self) -> None:
+        """The exchange is over."""
 
 
 class CommTracker:
@@ -41,7 +50,7 @@ class CommTracker:
         self.current = self.last = self.broken = ""
         self.blocked_seconds = self._began = 0.0
         self.cells: list[int] | memoryview[int] = [0]
-        self.own_time: OwnTime | None = None
+        self.own_time: ExchangeListener | None = None
 
     def collective(self, name: str) -> "CommTracker":
         """Context of a new collective or transfer, such as `all-reduce tp`. Must not be nested."""

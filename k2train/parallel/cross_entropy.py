@@ -81,10 +81,13 @@ def vocab_parallel_cross_entropy(
     return _VocabCrossEntropy.apply(logits, labels, vocab_start, vocab_size, tp)
 
 
-def refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
-    """Raise DataError for a label outside 0..vocab_size-1 that is not IGNORE; on a CPU only."""
+def refuse_bad_labels(labels: Tensor, vocab_size: int) -> bool:
+    """Raise DataError for a label outside 0..vocab_size-1 that is not IGNORE; on a CPU only.
+
+    Returns whether the labels were looked at.
+    """
     if labels.device.type != "cpu":
-        return
+        return False
     bad = (labels != IGNORE) & ((labels < 0) | (labels >= vocab_size))
     if bool(bad.any()):
         position, row = (int(i) for i in bad.nonzero()[0])
@@ -92,6 +95,7 @@ def refuse_bad_labels(labels: Tensor, vocab_size: int) -> None:
             f"label id {int(labels[position, row])} at row {row}, position {position} of a "
             f"micro-batch is outside the vocabulary (model.vocab_size is {vocab_size})"
         )
+    return True
 
 
 @dataclass(frozen=True)

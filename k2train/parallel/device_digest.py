@@ -19,6 +19,7 @@ from torch import Tensor
 
 from k2train.parallel.comm_tracker import CommTracker, collective_scope
 from k2train.parallel.grid import Axis
+from k2train.parallel.host_group import HostGroup
 from k2train.parallel.shard_layout import BufferSlot, ShardLayout
 from k2train.state_digest import LANES, digest_text, multipliers, state_root
 
@@ -156,16 +157,17 @@ class StateRoot:
 class RootAllReduce:
     """Computes the root of the whole state with one all-reduce of host tensors.
 
-    `group` is a gloo group of all ranks; None: the default group, which is one on a CPU.
+    `group` is that of all ranks for host tensors; None: the default group, which is one on a CPU.
     """
 
     def __init__(
         self,
         digest: StateDigest,
-        group: dist.ProcessGroup | None = None,
+        group: HostGroup | None = None,
         comm: CommTracker | None = None,
     ) -> None:
-        self.digest, self.group, self.comm = digest, group, comm
+        self.digest, self.comm = digest, comm
+        self._all_reduce = dist.all_reduce if group is None else group.all_reduce
 
     def __call__(self, shards: Mapping[str, Tensor], step: int, adam_steps: int) -> StateRoot:
         """Return the root of fp32 `shards` by state, on every rank. Collective."""
@@ -173,7 +175,7 @@ class RootAllReduce:
         # On the host, where they are read: a group of devices would need a communicator for this.
         summed = local_sums.to("cpu", copy=True)
         with collective_scope(self.comm, "all-reduce of the root of the state"):
-            dist.all_reduce(summed, group=self.group)
+            self._all_reduce(summed)
         digests = self.digest.digests(summed)
         return StateRoot(state_root(digests, step, adam_steps), digests, local_sums)
 
@@ -191,10 +193,11 @@ class StateAudit:
     def __init__(
         self,
         digest: StateDigest,
-        group: dist.ProcessGroup | None = None,
+        group: HostGroup | None = None,
         comm: CommTracker | None = None,
     ) -> None:
-        self.digest, self.group, self.comm = digest, group, comm
+        self.digest, self.comm = digest, comm
+        self._all_reduce = dist.all_reduce if group is None else group.all_reduce
         self._kept: Tensor | None = None
 
     def keep(self, sums: Tensor) -> None:
@@ -221,7 +224,7 @@ class StateAudit:
         changed = found_here.long() * (dist.get_rank() + 1)
 
         with collective_scope(self.comm, "all-reduce of changes of the state"):
-            dist.all_reduce(changed, op=dist.ReduceOp.MAX, group=self.group)
+            self._all_reduce(changed, op=dist.ReduceOp.MAX)
 
         found = [
             (key, rank - 1)

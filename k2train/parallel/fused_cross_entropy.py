@@ -37,6 +37,7 @@ from k2train.parallel.collectives import (
 from k2train.parallel.cross_entropy import IGNORE, VocabShard, refuse_bad_labels
 from k2train.parallel.grad_accumulation import GradAccumulator, accumulator_of
 from k2train.parallel.grid import Axis
+from k2train.parallel.shard import first_rows
 from k2train.plan.memory import strip_rows
 
 BAND_BYTES = 2 * 2**20
@@ -52,37 +53,35 @@ def _softmax_(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     of exponentials below it, the label's logit. And the label's probability, fp32 [r].
     """
     rows, width = logits.shape
-    stats = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
     if not width:
+        stats = torch.zeros(4, rows, dtype=torch.float32, device=logits.device)
         stats[0] = float("-inf")
-        return stats[:3], stats[3]
-
-    # A bf16 strip on a CPU is converted in bands that fit the cache.
-    narrow = logits.dtype != torch.float32
-    band = max(1, BAND_BYTES // (4 * width)) if narrow and logits.device.type == "cpu" else rows
-    wide = (
-        torch.empty(min(band, rows), width, dtype=torch.float32, device=logits.device)
-        if narrow
-        else logits
-    )
-
-    for begin in range(0, rows, band):
-        part = slice(begin, min(begin + band, rows))
-        x = wide[: part.stop - begin].copy_(logits[part]) if narrow else logits
-        peak, label_logit = x.amax(dim=-1), x.gather(-1, index[part])
-        # One pass of torch's kernel, in place.
-        torch.softmax(x, dim=-1, out=x)
-        # The largest probability is 1 / sum, at least 1 / width: its logarithm is exact. That of
-        # a label may be log 0.
-        stats[0, part], stats[1, part] = peak, -x.amax(dim=-1).log()
-        stats[2, part], stats[3, part] = (
-            label_logit.squeeze(-1),
-            x.gather(-1, index[part]).squeeze(-1),
-        )
-        if narrow:
-            logits[part].copy_(x)
+    elif logits.dtype == torch.float32:
+        stats = _wide_softmax_(logits, index)
+    else:
+        # A bf16 strip on a CPU is converted in bands that fit the cache.
+        on_cpu = logits.device.type == "cpu"
+        band = min(max(1, BAND_BYTES // (4 * width)), rows) if on_cpu else rows
+        wide = torch.empty(band, width, dtype=torch.float32, device=logits.device)
+        parts = []
+        for part, columns in zip(logits.split(band), index.split(band), strict=True):
+            x = wide[: part.shape[0]].copy_(part)
+            parts.append(_wide_softmax_(x, columns))
+            part.copy_(x)
+        stats = torch.cat(parts, dim=1)
 
     return stats[:3], stats[3]
+
+
+def _wide_softmax_(x: Tensor, index: Tensor) -> Tensor:
+    """`_softmax_` of fp32 logits; its results as one tensor [4, r]."""
+    peak, label_logit = x.amax(dim=-1), x.gather(-1, index)
+    # One pass of torch's kernel, in place.
+    torch.softmax(x, dim=-1, out=x)
+    # The largest probability is 1 / sum, at least 1 / width: its logarithm is exact. That of a
+    # label may be log 0.
+    log_sum, probability = x.amax(dim=-1).log_().neg_(), x.gather(-1, index)
+    return torch.stack((peak, log_sum, label_logit.squeeze(-1), probability.squeeze(-1)))
 
 
 def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tensor | None]:
@@ -92,7 +91,8 @@ def _combine_ranks(stats: Tensor, mine: Tensor, tp: Axis) -> tuple[Tensor, Tenso
     gather of three numbers per row; every rank then adds the same numbers in the same order.
     """
     if tp.size == 1:
-        return stats[1] + (stats[0] - stats[2]), None
+        peak, log_sum, label_logit = stats.unbind()
+        return log_sum + (peak - label_logit), None
 
     # A label's logit counts on the rank that owns its column only.
     stats[2].mul_(mine)
@@ -112,8 +112,12 @@ Softmax = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class _Strips:
-    """How the strips of one loss are computed; `rows` at a time."""
+    """How the strips of one loss are computed; `rows` at a time.
 
+    `checked`: whether every label is known to be an id of the vocabulary, or IGNORE.
+    """
+
+    checked: bool
     vocabulary: VocabShard
     scale: float
     rows: int
@@ -174,13 +178,19 @@ class _StripLoss:
         v = strips.vocabulary
         self.v, self.strip, self.product, self.shape = v, strips.rows, strips.product, x.shape
         self.softmax = strips.softmax
-        self.x, self.weight = x.flatten(0, 1), weight.narrow(0, 0, v.width)
+        self.x, self.weight = x.flatten(0, 1), first_rows(weight, v.width)
 
         flat = labels.reshape(-1)
-        self.mine = (flat >= v.start) & (flat < v.start + v.width)
-        self.index = torch.where(self.mine, flat - v.start, 0).unsqueeze(-1)
         self.counted = flat != IGNORE
-        self.bad = self.counted & ((flat < 0) | (flat >= v.size))
+        self.bad: Tensor | None = None
+        if strips.checked and v.tp.size == 1:
+            # All but IGNORE are columns of this rank.
+            self.mine, self.index = self.counted, flat.clamp(min=0).unsqueeze(-1)
+        else:
+            self.mine = (flat >= v.start) & (flat < v.start + v.width)
+            self.index = torch.where(self.mine, flat - v.start, 0).unsqueeze(-1)
+            if not strips.checked:
+                self.bad = self.counted & ((flat < 0) | (flat >= v.size))
         self.factor = self.counted.float() * strips.scale
 
         self.dx = torch.empty_like(self.x) if wants_x else None
@@ -204,7 +214,7 @@ class _StripLoss:
             else None
         )
 
-        losses = torch.empty(rows, dtype=torch.float32, device=self.x.device)
+        losses = []
         for begin in range(0, rows, self.strip):
             part = slice(begin, min(begin + self.strip, rows))
             out = None if buffer is None else buffer[: part.stop - begin]
@@ -212,7 +222,8 @@ class _StripLoss:
 
             stats, label_probability = self.softmax(strip, self.index[part])
             # The one collective per strip.
-            losses[part], share = _combine_ranks(stats, self.mine[part], self.v.tp)
+            loss, share = _combine_ranks(stats, self.mine[part], self.v.tp)
+            losses.append(loss)
             if self.dx is not None or self.accumulator is not None:
                 self._strip_gradients(strip, label_probability, share, part)
             # Freed before the next strip: a product with memory of its own would keep two alive.
@@ -221,7 +232,8 @@ class _StripLoss:
         if self.accumulator is not None:
             self.accumulator.complete()
 
-        return (losses * self.counted).masked_fill_(self.bad, float("nan"))
+        found = torch.cat(losses) * self.counted
+        return found if self.bad is None else found.masked_fill_(self.bad, float("nan"))
 
     def _strip_gradients(
         self, strip: Tensor, label_probability: Tensor, share: Tensor | None, part: slice
@@ -243,7 +255,7 @@ class _StripLoss:
                 self.pending = self._reduce_dx(self.dx.view(self.shape))
 
         if self.accumulator is not None and self.v.width:
-            into = self.accumulator.total.narrow(0, 0, self.v.width)
+            into = first_rows(self.accumulator.total, self.v.width)
             self.product.add_weight_gradient(into, strip, (self.x[part] * factor).to(strip.dtype))
 
     def _reduce_dx(self, dx: Tensor) -> Pending:
@@ -322,12 +334,12 @@ def _strips_of(
     softmax: Softmax | None,
 ) -> _Strips:
     """Decide how the strips are computed. Raises DataError for a label outside the vocabulary."""
-    refuse_bad_labels(labels, vocabulary.size)
+    checked = refuse_bad_labels(labels, vocabulary.size)
     if strip is None:
         # By the widest rank's columns: one collective per strip, so all ranks must cut alike.
         width = -(-vocabulary.size // vocabulary.tp.size)
-        strip = strip_rows(labels.numel(), width, labels.device.type)
+        strip = strip_rows(labels.numel(), width, "cpu" if labels.device.type == "cpu" else "cuda")
 
     if product is None or not product.exact:
         product = Product()
-    return _Strips(vocabulary, scale, strip, product, softmax or _softmax_)
+    return _Strips(checked, vocabulary, scale, strip, product, softmax or _softmax_)

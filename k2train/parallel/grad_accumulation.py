@@ -59,6 +59,9 @@ def _adds_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
 
     A CPU cannot, older versions of torch and devices neither.
     """
+    if device.type == "meta":
+        # It stands for an accelerator that can.
+        return True
     if device.type != "cuda":
         return False
 
@@ -96,7 +99,9 @@ class GradAccumulator:
 
     def add(self, gradient: Tensor, first_row: int = 0) -> None:
         """Add a gradient [rows, ...] to the rows from `first_row`."""
-        self.total.narrow(0, first_row, gradient.shape[0]).add_(gradient)
+        rows = gradient.shape[0]
+        whole = rows == self.total.shape[0]
+        (self.total if whole else self.total.narrow(0, first_row, rows)).add_(gradient)
 
     def add_product(self, dy: Tensor, x: Tensor, first_row: int = 0) -> None:
         """Add dy^T x to the rows from `first_row`: dy [n, rows], x [n, columns]."""
@@ -116,6 +121,20 @@ def attach(parameter: nn.Parameter, accumulator: GradAccumulator) -> None:
 def accumulator_of(parameter: Tensor) -> GradAccumulator | None:
     """Return the parameter's accumulator. None: its gradient goes to autograd."""
     return getattr(parameter, "accumulator", None)
+
+
+def accumulated(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """Add a whole gradient to the parameter's accumulator, where it has one.
+
+    Returns what is left for autograd. Through autograd's own sum the same gradient would be copied
+    once and come back by a hook.
+    """
+    accumulator = accumulator_of(parameter)
+    if accumulator is None:
+        return gradient
+    accumulator.add(gradient)
+    accumulator.complete()
+    return None
 
 
 class WeightGradStore:

@@ -68,7 +68,8 @@ class GradientBuffer:
         """
         self._started = 0
         self._pending: list[tuple[Bucket, Pending]] = []
-        self._bucket_of, self._missing = self._bucket_members()
+        self._bucket_of, self._members = self._bucket_members()
+        self._missing = list(self._members)
         for index, (parameter, _) in enumerate(held):
             self._register(index, parameter)
 
@@ -87,14 +88,14 @@ class GradientBuffer:
         return totals
 
     def _bucket_members(self) -> tuple[list[int], list[int]]:
-        """Return each parameter's bucket, and each bucket's number of incomplete parameters."""
-        bucket_of, missing = [0] * len(self._totals), []
+        """Return each parameter's bucket, and each bucket's number of parameters."""
+        bucket_of, counts = [0] * len(self._totals), []
         for number, bucket in enumerate(self._buckets):
             members = {self._index[id(slot.parameter)] for slot in bucket.slots}
-            missing.append(len(members))
+            counts.append(len(members))
             for index in members:
                 bucket_of[index] = number
-        return bucket_of, missing
+        return bucket_of, counts
 
     def _register(self, index: int, parameter: nn.Parameter) -> None:
         # The parameter holds its hook from C++, invisible to Python's garbage collector. A plain
@@ -128,7 +129,7 @@ class GradientBuffer:
         self._sums.zero_()
         self._started = 0
         self._arrivals = [0] * len(self._totals)
-        self._bucket_of, self._missing = self._bucket_members()
+        self._missing = list(self._members)
 
     def _arrived(self, index: int) -> None:
         self._arrivals[index] += 1
@@ -208,12 +209,14 @@ class GradientBuffer:
         return slot.param_slice.of(self._totals[self._index[id(slot.parameter)]])
 
     def _sum_over_tensor(self) -> None:
+        if self.tp.size == 1:
+            return
         views = [
             self._total(slot)
             for slot in self.shard_layout.slots
             if slot.param_slice.sum_over_tensor
         ]
-        if self.tp.size == 1 or not views:
+        if not views:
             return
 
         # One collective for all norms: each alone would cost a latency.

@@ -2,7 +2,7 @@
 
 - Passed as an argument, never global.
 - Ranks are numbered by the Layout (tp innermost).
-- A rank makes the groups that it is in, and no others: a group along each axis, two gloo groups of
+- A rank makes the groups that it is in, and no others: a group along each axis, two host groups of
   all ranks. Axes with the same ranks share a group.
 - A gloo group connects each of its ranks with each other one. So the groups along the axes get
   gloo only where tensors are in host memory (`plan.connections` counts the sockets).
@@ -18,8 +18,9 @@ Alternatives considered:
   with everything else in it, one after the other (pytorch#154132).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,10 @@ from k2train.launch.environment import (
     store_file,
 )
 from k2train.parallel.comm_tracker import CommTracker
+from k2train.parallel.host_group import HostGroup, make_host_groups
+from k2train.parallel.shared_channel import SharedChannel
+from k2train.parallel.shared_mesh import SharedMesh, connect_mesh
+from k2train.parallel.shared_pair import SharedPair, connect_pair
 from k2train.plan.layout import Layout
 
 
@@ -56,11 +61,25 @@ class Axis:
     """
     symmetric: bool = False
     """For tp: fuse products with their collectives over symmetric memory."""
+    pair: SharedPair | None = field(default=None, compare=False, repr=False)
+    """Memory that two ranks share, through which their blocking collectives go; None: the group."""
+    mesh: SharedMesh | None = field(default=None, compare=False, repr=False)
+    """Memory that three or four ranks share, for their blocking gathers and scatters; None: the
+    group.
+    """
+    channel: SharedChannel | None = field(default=None, compare=False, repr=False)
+    """For pp: memory through which two ranks send and receive; None: the group."""
     comm: CommTracker | None = field(default=None, compare=False, repr=False)
     """Counts and names the collectives along this axis."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.rank}/{self.size}"
+
+
+def share_memory(axis: Axis, device: torch.device) -> Axis:
+    """Connect the ranks of an axis by shared memory, where two to four have it. Collective."""
+    place = axis.size, axis.rank, axis.group, device
+    return replace(axis, pair=connect_pair(*place), mesh=connect_mesh(*place))
 
 
 SINGLE = {name: Axis(name, 1, 0, None) for name in ("pp", "dp", "tp", "stage")}
@@ -77,7 +96,12 @@ class ProcessGrid:
     """
 
     def __init__(
-        self, layout: Layout, rank: int, device: torch.device, comm: CommTracker | None = None
+        self,
+        layout: Layout,
+        rank: int,
+        device: torch.device,
+        comm: CommTracker | None = None,
+        host_backend: str = "gloo",
     ):
         assert dist.is_initialized(), "the process group must exist before the grid"
         assert dist.get_world_size() == layout.world_size, "layout and world differ"
@@ -101,10 +125,8 @@ class ProcessGrid:
         self.pp = self._axis("pp")
         self.stage = self._axis("stage")
 
-        self.host = _host_group(default)
-        """gloo group of all ranks, for everything that is not a training collective."""
-        self.background = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
-        """A second gloo group for the saving thread.
+        self.host, self.background = _host_groups(default, rank, layout.world_size, host_backend)
+        """All ranks, for everything that is not a training collective; and for the saving thread.
 
         Two threads on one group would mix up each other's collectives: gloo numbers them in the
         order in which a rank begins them, and the threads of two ranks need not take turns alike.
@@ -150,14 +172,20 @@ def choose_device(launch: Launch) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _host_group(default: dist.ProcessGroup) -> dist.ProcessGroup:
-    """Return a gloo group of all ranks: `default` where it takes host tensors. Collective."""
-    if "cpu:gloo" not in c10d.get_backend_config(default):
-        return dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+def _host_groups(
+    default: dist.ProcessGroup, rank: int, world_size: int, backend: str
+) -> list[HostGroup]:
+    """Return two groups of all ranks: `default` and another where it takes host tensors.
+
+    Collective.
+    """
+    make = partial(make_host_groups, rank, world_size, backend, HOST_TIMEOUT)
+    if f"cpu:{backend}" not in c10d.get_backend_config(default):
+        return make(count=2)
     # Made with a shorter limit, which is for ranks that never come.
     # Its public name is newer than the oldest torch that is supported.
     getattr(dist, "set_timeout", c10d._set_pg_timeout)(HOST_TIMEOUT, default)
-    return default
+    return [HostGroup(rank, world_size, world_size, default), *make()]
 
 
 def start_process_group(
@@ -189,12 +217,15 @@ def start_process_group(
     )
 
 
-def stop_process_group(host: dist.ProcessGroup | None = None) -> None:
+def stop_process_group(host: HostGroup | None = None) -> None:
     """Destroy the process group after a barrier, in `host` if there is one. Collective.
 
     On gloo a rank that leaves early makes the others abort at exit. The grid's `host` spares NCCL
     a communicator of all ranks, which nothing else needs.
     """
     if dist.is_initialized():
-        dist.barrier(group=host)
+        if host is None:
+            dist.barrier()
+        else:
+            host.barrier()
         dist.destroy_process_group()

@@ -34,6 +34,7 @@ MAX_TEXT = 2**16
 """Limit of an error's text, in characters."""
 
 FLAG = TypeAdapter(bool)
+TEXT = TypeAdapter(str)
 TEXTS = TypeAdapter(list[str])
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from k2train.parallel.collectives import Pending
+from k2train.parallel.collectives import Pending, swap_start
 from k2train.parallel.comm_tracker import CombinedWork, collective_scope
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard_layout import Bucket, ShardLayout
@@ -36,6 +36,15 @@ def gather_shards(shards: Tensor, axis: Axis, wait: bool) -> Pending:
         return Pending(shards)
 
     name = f"all-gather of weights {axis.name}"
+
+    if wait and axis.pair is not None:
+        swap_start(shards[axis.rank], shards[1 - axis.rank], axis, wait, name)
+        return Pending(shards)
+
+    if wait and axis.mesh is not None:
+        with collective_scope(axis.comm, name):
+            axis.mesh.swap([shards[axis.rank]] * axis.size, shards, name)
+        return Pending(shards)
 
     if shards.device.type != "cpu":
         with collective_scope(axis.comm, name):

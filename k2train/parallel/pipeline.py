@@ -4,6 +4,8 @@
 - Receives are posted at their position in the list and waited for at their use. Sends are posted
   and waited for at the end: on gloo a send completes when the peer receives, so waiting earlier
   could deadlock two ranks.
+- Two ranks of one machine send through shared memory, where the axis has it. A send is then a
+  copy, and complete at once.
 - Between stages of the same rank the tensor is handed over directly.
 - The backward of a stage runs from its saved output and frees what the stage saved.
 - A split backward is one autograd pass, in which the stage's `WeightGradStore` defers the weight
@@ -21,6 +23,7 @@ from torch import Tensor
 from k2train.parallel.comm_tracker import collective_scope, wait_scope
 from k2train.parallel.grad_accumulation import WeightGradStore
 from k2train.parallel.grid import Axis
+from k2train.parallel.shared_channel import Receipt
 from k2train.plan.schedule import Action, Op
 
 Key = tuple[int, int]
@@ -95,7 +98,7 @@ class Executor:
         self._dy: dict[Key, Tensor] = {}
         self._dx: dict[Key, Tensor] = {}
         self._deferred: dict[Key, list[Callable[[], None]]] = {}
-        self._receiving: dict[tuple[Op, int, int], tuple[Action, dist.Work]] = {}
+        self._receiving: dict[tuple[Op, int, int], tuple[Action, dist.Work | Receipt]] = {}
         self._sending: list[tuple[dist.Work, Tensor]] = []
         self._losses: dict[int, Tensor] = {}
 
@@ -202,11 +205,16 @@ class Executor:
         tensor = tensor.contiguous()
         peer, tag = self._peer_and_tag(action)
         with collective_scope(self.pp.comm, _transfer_name(action)):
-            work: Any = dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
+            work: Any = (
+                dist.isend(tensor, group=self.pp.group, group_dst=peer, tag=tag)
+                if self.pp.channel is None
+                else self.pp.channel.send(tensor, tag)
+            )
 
         # Sent tensors must stay alive until the peer has received them.
         self._sending = [(w, t) for w, t in self._sending if not w.is_completed()]
-        self._sending.append((work, tensor))
+        if work is not None:
+            self._sending.append((work, tensor))
 
     def _check(self, action: Action, tensor: Tensor) -> None:
         assert tensor.shape == self._shape and tensor.dtype == self._dtype, (
@@ -218,7 +226,11 @@ class Executor:
         tensor = torch.empty(self._shape, dtype=self._dtype, device=self.device)
         peer, tag = self._peer_and_tag(action)
         with collective_scope(self.pp.comm, _transfer_name(action)):
-            work: Any = dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
+            work: Any = (
+                dist.irecv(tensor, group=self.pp.group, group_src=peer, tag=tag)
+                if self.pp.channel is None
+                else self.pp.channel.receive(tensor, tag)
+            )
 
         self._receiving[(action.op, action.stage, action.microbatch)] = (action, work)
         return tensor

@@ -93,7 +93,7 @@ class ReplicaCheck:
         # One number decides whether ranks need to exchange any text.
         flag = torch.tensor([len(named)], dtype=torch.int64)
         with collective_scope(self.grid.comm, "all-reduce of differing copies"):
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.grid.host)
+            self.grid.host.all_reduce(flag, op=dist.ReduceOp.MAX)
 
         if not int(flag):
             return None

@@ -67,6 +67,14 @@ class Sharded(nn.Module):
         """Runs or defers weight gradients. Shared by all modules of one pipeline stage."""
 
 
+def first_rows(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the first rows of a tensor (a view); the tensor itself, without an operator, if all.
+
+    The host's time of a small step is operators like this one, several for each product.
+    """
+    return x if rows == x.shape[0] else x.narrow(0, 0, rows)
+
+
 def even_slice(size: int, parts: int, index: int) -> tuple[int, int]:
     """Split `size` items into blocks of ceil(size/parts); return the range of block `index`.
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel linear layers and embedding.
+"""Tensor-parallel linear layers.
 
 Sequence parallelism is a field of the axis, not a subclass.
 
@@ -6,11 +6,12 @@ Sequence parallelism is a field of the axis, not a subclass.
     RowLinear     y = sum_r x_r W_r:        each rank holds some inputs
 
 - Several global tensors may share one column-parallel product.
-- VocabEmbedding, and ColumnLinear as the head, hold ceil(vocabulary/tp) rows. Rows past the
-  vocabulary are padding.
+- ColumnLinear as the head holds ceil(vocabulary/tp) rows. Rows past the vocabulary are padding.
 - The layer's `matmul` (a `CollectiveMatmul`) decides what crosses ranks, and when.
 - Each layer is one autograd function. Autograd sees only x and its gradient; the weight gradient
   goes to its accumulator, behind a transfer or at a later time.
+- What it computes are two methods of the layer, on rows and outside of autograd. A transformer
+  layer that is one autograd function calls them itself (`k2train.model.layer_function`).
 - There are no biases in this architecture, so there are none here.
 
 Alternatives considered:
@@ -27,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k2train.errors import DataError
 from k2train.parallel.collective_matmul import Product, choose_collective_matmul
-from k2train.parallel.collectives import Pending, leave_parallel
+from k2train.parallel.collectives import Pending
 from k2train.parallel.grad_accumulation import accumulator_of
 from k2train.parallel.grid import Axis
-from k2train.parallel.shard import ParamSlice, Sharded, even_slice
+from k2train.parallel.shard import ParamSlice, Sharded, even_slice, first_rows
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -65,76 +65,57 @@ def _submit_weight_gradient(
         )
 
     def work() -> None:
-        product.add_weight_gradient(accumulator.total.narrow(0, 0, used.shape[0]), dy, gather())
+        product.add_weight_gradient(first_rows(accumulator.total, used.shape[0]), dy, gather())
         accumulator.complete()
 
     layer.weight_grad_store.submit(work)
     return None
 
 
+def _require_weight(layer: "ColumnLinear | RowLinear", used: Tensor) -> None:
+    """Raise RuntimeError unless the layer still holds the weight that its forward used.
+
+    Its backward reads the layer's. `torch.func.functional_call` has put the old one back by then.
+    """
+    # A parametrized weight is a new tensor each time, and no parameter.
+    if layer._parameters.get("weight", used) is not used:
+        raise RuntimeError("the weight of a layer was replaced between its forward and backward")
+
+
 class _Column(torch.autograd.Function):
-    """x [s(/tp), b, in] -> [s, b, out/tp]. Backward uses the gathered x, kept or gathered again."""
+    """x [s(/tp), b, in] -> [s, b, out/tp]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "ColumnLinear") -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
-        matmul, used = layer.matmul, weight.narrow(0, 0, layer.rows)
+        ctx.layer, ctx.weight, ctx.shape = layer, weight, x.shape
         # Detached: a view would keep the history of x until the weight gradient is done.
-        flat = _flat(x.detach())
-        whole, y = matmul.gather_multiply(flat, used.t(), gradient=False)
-        ctx.save_for_backward(flat if matmul.regather else whole)
+        y, kept = layer.forward_rows(_flat(x.detach()))
+        ctx.save_for_backward(kept)
         return _unflat(y, x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        layer, (kept,) = ctx.layer, ctx.saved_tensors
-        matmul, used, dy = layer.matmul, layer.weight.narrow(0, 0, layer.rows), _flat(dy)
-
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-
-        # Start the second gather first: it then runs behind the product for dx.
-        x = Pending(kept)
-        if matmul.regather and wants_weight and not layer.weight_grad_store.is_deferring:
-            x = matmul.gather(kept)
-
-        dx = matmul.multiply_scatter(dy, used, gradient=True) if wants_x else None
-
-        gradient = None
-        if wants_weight:
-            # A deferred weight gradient gathers x when it runs, not before.
-            regathers_later = matmul.regather and layer.weight_grad_store.is_deferring
-            gradient = _submit_weight_gradient(
-                layer, used, dy, (lambda: matmul.gather(kept).wait()) if regathers_later else x.wait
-            )
-
-        return None if dx is None else dx.wait().view(ctx.shape), gradient, None
+        _require_weight(ctx.layer, ctx.weight)
+        wants = ctx.needs_input_grad[:2]
+        dx, gradient = ctx.layer.backward_rows(_flat(dy), *ctx.saved_tensors, *wants)
+        return None if dx is None else dx.view(ctx.shape), gradient, None
 
 
 class _Row(torch.autograd.Function):
-    """x [s, b, in/tp] -> [s(/tp), b, out].
-
-    The gathered gradient is kept until the weight gradient is done.
-    """
+    """x [s, b, in/tp] -> [s(/tp), b, out]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, layer: "RowLinear") -> Tensor:
-        ctx.layer, ctx.shape = layer, x.shape
+        ctx.layer, ctx.weight, ctx.shape = layer, weight, x.shape
         flat = _flat(x.detach())
         ctx.save_for_backward(flat)
-        y = layer.matmul.multiply_scatter(flat, weight.t(), gradient=False).wait()
-        return _unflat(y, x.shape)
+        return _unflat(layer.forward_rows(flat), x.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        layer, (x,) = ctx.layer, ctx.saved_tensors
-        wants_x, wants_weight, _ = ctx.needs_input_grad
-        if wants_x:
-            whole, dx = layer.matmul.gather_multiply(_flat(dy), layer.weight, gradient=True)
-        else:
-            whole, dx = layer.matmul.gather(_flat(dy)).wait(), None
-        gradient = (
-            _submit_weight_gradient(layer, layer.weight, whole, lambda: x) if wants_weight else None
-        )
+        _require_weight(ctx.layer, ctx.weight)
+        wants = ctx.needs_input_grad[:2]
+        dx, gradient = ctx.layer.backward_rows(_flat(dy), *ctx.saved_tensors, *wants)
         return None if dx is None else dx.view(ctx.shape), gradient, None
 
 
@@ -181,6 +162,38 @@ class ColumnLinear(Sharded):
     def forward(self, x: Tensor) -> Tensor:
         return _Column.apply(x, self.weight, self)
 
+    def forward_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Multiply rows x [n(/tp), in], outside of autograd: y [n, out/tp], and what to keep.
+
+        Collective. Kept is the gathered x, or x to be gathered again.
+        """
+        used = first_rows(self.weight, self.rows)
+        whole, y = self.matmul.gather_multiply(x, used.t(), gradient=False)
+        return y, x if self.matmul.regather else whole
+
+    def backward_rows(
+        self, dy: Tensor, kept: Tensor, wants_x: bool = True, wants_weight: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and, without an accumulator, of the weight. Collective."""
+        matmul, used = self.matmul, first_rows(self.weight, self.rows)
+
+        # Start the second gather first: it then runs behind the product for dx.
+        x = Pending(kept)
+        if matmul.regather and wants_weight and not self.weight_grad_store.is_deferring:
+            x = matmul.gather(kept)
+
+        dx = matmul.multiply_scatter(dy, used, gradient=True) if wants_x else None
+
+        gradient = None
+        if wants_weight:
+            # A deferred weight gradient gathers x when it runs, not before.
+            regathers_later = matmul.regather and self.weight_grad_store.is_deferring
+            gradient = _submit_weight_gradient(
+                self, used, dy, (lambda: matmul.gather(kept).wait()) if regathers_later else x.wait
+            )
+
+        return None if dx is None else dx.wait(), gradient
+
     def extra_repr(self) -> str:
         whole = "+".join(str(n) for n in self.outputs.values())
         return (
@@ -219,121 +232,27 @@ class RowLinear(Sharded):
     def forward(self, x: Tensor) -> Tensor:
         return _Row.apply(x, self.weight, self)
 
+    def forward_rows(self, x: Tensor) -> Tensor:
+        """Multiply rows x [n, in/tp], outside of autograd: [n(/tp), out]. Collective."""
+        return self.matmul.multiply_scatter(x, self.weight.t(), gradient=False).wait()
+
+    def backward_rows(
+        self, dy: Tensor, x: Tensor, wants_x: bool = True, wants_weight: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and, without an accumulator, of the weight. Collective.
+
+        The gathered gradient is kept until the weight gradient is done.
+        """
+        weight = self.weight
+        if wants_x:
+            whole, dx = self.matmul.gather_multiply(dy, weight, gradient=True)
+        else:
+            whole, dx = self.matmul.gather(dy).wait(), None
+        gradient = _submit_weight_gradient(self, weight, whole, lambda: x) if wants_weight else None
+        return dx, gradient
+
     def extra_repr(self) -> str:
         return (
             f"in={self.weight.shape[1]} of {self.in_features}, "
             f"out={self.out_features}, {self.tp}, sequence={self.tp.sequence}"
-        )
-
-
-class _Lookup(torch.autograd.Function):
-    """Token ids [s, b] -> [s, b, h]: rows of the weight held by this rank, zeros for all others.
-
-    An id held elsewhere is looked up at its remainder, and its result is masked. If all of them
-    used row 0, the backward pass would add most of a batch to one row, serially.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, layer: "VocabEmbedding") -> Tensor:
-        ctx.layer = layer
-        ctx.save_for_backward(ids)
-        local, mine = layer.local(ids)
-        x = F.embedding(local, weight)
-        return x if mine is None else x.mul_(mine.unsqueeze(-1))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
-        layer, (ids,) = ctx.layer, ctx.saved_tensors
-        accumulator = accumulator_of(layer.weight)
-        if accumulator is None:
-            gradient = torch.zeros_like(layer.weight)
-            layer.add_rows(gradient, ids, dy)
-            return None, gradient, None
-
-        def work() -> None:
-            layer.add_rows(accumulator.total, ids, dy)
-            accumulator.complete()
-
-        layer.weight_grad_store.submit(work)
-        return None, None, None
-
-
-class VocabEmbedding(Sharded):
-    """Vocabulary-parallel embedding: token ids [b, s] -> [s(/tp), b, h], /tp with `tp.sequence`.
-
-    Each rank looks up the ids it holds. Raises DataError on an id outside the vocabulary. That is
-    on a CPU only: a check on an accelerator would stall its queue, so there the result is NaN,
-    which the finite check refuses. A plain masked lookup would silently return zeros.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        vocab_size: int,
-        hidden_size: int,
-        tp: Axis,
-        init_std: float,
-    ):
-        super().__init__()
-        self.tp, self.vocab_size, self.hidden_size = tp, vocab_size, hidden_size
-        self.start, self.stop = even_slice(vocab_size, tp.size, tp.rank)
-        self.weight = nn.Parameter(torch.empty(-(-vocab_size // tp.size), hidden_size))
-        self.slices = {
-            "weight": (
-                ParamSlice(
-                    name,
-                    (vocab_size, hidden_size),
-                    0,
-                    self.start,
-                    self.stop,
-                    0,
-                    init_std,
-                    decay=True,
-                ),
-            )
-        }
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        ids = tokens.t()
-        bad = (ids < 0) | (ids >= self.vocab_size)
-        if ids.device.type == "cpu" and bool(bad.any()):
-            position, row = (int(i) for i in bad.nonzero()[0])
-            raise DataError(
-                f"token id {int(ids[position, row])} at row {row}, position {position} of a "
-                f"micro-batch is outside the vocabulary (model.vocab_size is {self.vocab_size})"
-            )
-
-        x = _Lookup.apply(ids, self.weight, self)
-        if ids.device.type != "cpu":
-            # No check on an accelerator: NaN reaches the finite check of the step.
-            x = x.masked_fill(bad.unsqueeze(-1), float("nan"))
-        return leave_parallel(x, self.tp)
-
-    def local(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Map ids [s, b] to rows of the local weight, with a mask of ids held here (None: all)."""
-        if self.tp.size == 1:
-            return ids.clamp(0, self.vocab_size - 1), None
-        return (ids - self.start).remainder(self.weight.shape[0]), (ids >= self.start) & (
-            ids < self.stop
-        )
-
-    def add_rows(self, into: Tensor, ids: Tensor, dy: Tensor) -> None:
-        """Add dy [s, b, h] to rows of `into` [v/tp, h] named by ids [s, b], in order of positions.
-
-        Deterministic: on a CPU index_add_ goes row by row. On an accelerator it would add in any
-        order, but index_put_ sorts first.
-        """
-        local, mine = self.local(ids)
-        rows, dy = local.reshape(-1), _flat(dy)
-        if mine is not None:
-            dy = dy * mine.reshape(-1, 1)
-        if into.device.type == "cpu":
-            into.index_add_(0, rows, dy.to(into.dtype))
-        else:
-            into.index_put_((rows,), dy.to(into.dtype), accumulate=True)
-
-    def extra_repr(self) -> str:
-        return (
-            f"ids={self.start}..{self.stop - 1} of {self.vocab_size}, hidden={self.hidden_size}, "
-            f"{self.tp}, sequence={self.tp.sequence}"
         )

@@ -12,6 +12,7 @@ stage byte by byte, so neither can drift.
                                                both outputs: L x hidden, or gathered T x hidden
     query, key, value    T x (heads + 2 kv heads) x head_dim / tensor
     attention            T x hidden / tensor, and what the kernel adds
+    documents            where attention stops at their borders: see `document_bytes`
     gate, up             T x 2 ffn / tensor
     swiglu               T x ffn / tensor      with policy none
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 
 from k2train.plan.action import Action, Op
 from k2train.plan.cost import WEIGHT_BYTES, ModelShape
+from k2train.plan.documents import PADDING_PARTS, PLAIN_UP_TO, method_of, padded_length
 from k2train.plan.layout import Layout
 
 RECOMPUTE = ("none", "selective", "full")
@@ -55,6 +57,8 @@ class ActivationSpec:
     """Kernels in use, by their config names."""
     block: bool = False
     """Whether attention stops at document borders."""
+    document_lengths: tuple[int, ...] | None = None
+    """Tokens of each document of the micro-batch, if known; None: the most that any may need."""
     recompute: str = "none"
     recompute_layers: int | None = None
 
@@ -62,6 +66,20 @@ class ActivationSpec:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.sequence_length * self.micro_sequences
+
+    @property
+    def method(self) -> str | None:
+        """How attention stops at document borders; None where it does not."""
+        return method_of(self.attention, self.device) if self.block else None
+
+    @property
+    def padded_lengths(self) -> tuple[int, ...] | None:
+        """Positions of each sequence that a kernel is given; None if documents are not known."""
+        if self.method != "packed":
+            return (self.sequence_length,) * self.micro_sequences
+        if self.document_lengths is None:
+            return None
+        return tuple(padded_length(n, self.sequence_length) for n in self.document_lengths)
 
     @property
     def local_tokens(self) -> int:
@@ -114,6 +132,7 @@ def layer_parts(spec: ActivationSpec, policy: str) -> dict[str, int]:
         "norms": 2 * (FP32 * spec.local_tokens + norm_output_bytes(spec, policy)),
         "query, key, value": spec.split_bytes(query_key_value_width(spec.shape)),
         "attention": spec.split_bytes(spec.shape.hidden_size) + attention_bytes(spec),
+        **({"documents": document_bytes(spec)} if spec.block else {}),
         "gate, up": spec.split_bytes(2 * spec.shape.ffn_hidden_size),
         "swiglu": spec.split_bytes(spec.shape.ffn_hidden_size) if policy == "none" else 0,
     }
@@ -142,20 +161,70 @@ def norm_output_bytes(spec: ActivationSpec, policy: str) -> int:
 def attention_bytes(spec: ActivationSpec) -> int:
     """Bytes the attention kernel keeps besides its inputs and output.
 
-    The log-sums of the scores, fp32 per head and token, and for torch's own kernels the mask in the
-    dtype of the scores. `plain` keeps the probabilities of each block of queries instead, for the
-    keys up to the block's end.
+    The log-sums of the scores, fp32 per head and position. `plain` keeps the probabilities of each
+    block of queries instead, for the keys up to the block's end, and `by_length` does one or the
+    other for each sequence. A dense mask is in the dtype of the scores.
     """
-    heads, length = spec.shape.num_heads // spec.tensor, spec.sequence_length
-    if spec.attention == "plain":
+    heads, known = spec.shape.num_heads // spec.tensor, spec.padded_lengths
+    if known is not None:
+        sums = sum(_sequence_bytes(spec, length) for length in known) * heads
+        mask = spec.tokens * spec.sequence_length * spec.element_bytes
+        return sums + (mask if spec.method == "masked" else 0)
+
+    # The longest sequence that is computed by products keeps most for each of its positions.
+    longest = spec.sequence_length
+    if spec.attention == "by_length":
+        longest = min(longest, PLAIN_UP_TO[spec.precision])
+    return _with_padding(heads * spec.tokens * _sequence_bytes(spec, longest) // longest)
+
+
+def _sequence_bytes(spec: ActivationSpec, length: int) -> int:
+    """Bytes one head keeps of one sequence, besides inputs and output."""
+    if _by_products(spec, length):
         pairs = sum(
             (min(start + PLAIN_BLOCK, length) - start) * min(start + PLAIN_BLOCK, length)
             for start in range(0, length, PLAIN_BLOCK)
         )
-        return spec.micro_sequences * heads * pairs * spec.element_bytes
+        return pairs * spec.element_bytes
+    return FP32 * length
 
-    mask = spec.tokens * length * spec.element_bytes if spec.block else 0
-    return FP32 * spec.tokens * heads + mask
+
+def _by_products(spec: ActivationSpec, length: int) -> bool:
+    """Whether a sequence of that length is computed by `plain`."""
+    if spec.attention == "by_length":
+        return length <= PLAIN_UP_TO[spec.precision]
+    return spec.attention == "plain"
+
+
+def _with_padding(size: int) -> int:
+    """Bytes of padded documents, whose tokens need `size`: less than an eighth more."""
+    return -(-size * (PADDING_PARTS + 1) // PADDING_PARTS)
+
+
+def document_bytes(spec: ActivationSpec) -> int:
+    """Bytes one layer keeps more because attention stops at document borders.
+
+    Packed: the padding of queries, keys and values, and the output of a kernel that keeps it, as it
+    is packed. Varlen: that output, if a micro-batch has several rows to put one after another.
+    """
+    width, hidden = query_key_value_width(spec.shape), spec.shape.hidden_size
+    if spec.method == "varlen":
+        return spec.split_bytes(hidden) if spec.micro_sequences > 1 else 0
+    if spec.method != "packed":
+        return 0
+
+    per_position = spec.element_bytes
+    known = spec.padded_lengths
+    if known is None:
+        both = width + (0 if spec.attention == "plain" else hidden)
+        padded = _with_padding(spec.tokens * both * per_position // spec.tensor)
+        return padded - spec.split_bytes(width)
+    if len(known) == spec.micro_sequences:
+        # Every row is one document, which is not packed.
+        return 0
+    padding = (sum(known) - spec.tokens) * width
+    outputs = sum(length for length in known if not _by_products(spec, length)) * hidden
+    return (padding + outputs) * per_position // spec.tensor
 
 
 def stage_bytes(spec: ActivationSpec, layout: Layout, stage: int) -> int:
@@ -163,14 +232,16 @@ def stage_bytes(spec: ActivationSpec, layout: Layout, stage: int) -> int:
 
     Besides its layers every stage keeps one more residual stream: its output, which is sent on, or
     for the last stage the final norm's input. The last stage also keeps that norm's factors and the
-    gradient already computed by the loss. Recomputed layers share the mask of document borders, one
-    byte per pair of positions.
+    gradient already computed by the loss. Recomputed layers share a dense mask of document borders,
+    one byte per pair of positions. What else is known of documents belongs to the batch.
     """
     num_layers = len(layout.layers_of(stage, spec.shape.num_layers))
     policies = spec.policies(num_layers)
-    total = sum(layer_bytes(spec, policy) for policy in policies) + spec.residual_bytes
+    total = spec.residual_bytes + sum(
+        policies.count(policy) * layer_bytes(spec, policy) for policy in set(policies)
+    )
 
-    if spec.block and "full" in policies:
+    if spec.method == "masked" and "full" in policies:
         total += spec.tokens * spec.sequence_length
     if stage == layout.num_stages - 1:
         total += FP32 * spec.local_tokens + spec.residual_bytes

@@ -3,8 +3,8 @@
 - The slowest rank sets the pace of every schedule. In a small model the head alone costs as much as
   several layers.
 - Counted in FLOPs, which a plan knows.
-- The result is a hint for `parallel.layers_per_stage`, never applied automatically. It would change
-  the stages of a checkpoint, for a gain that only the machine can confirm.
+- `parallel.layers_per_stage: auto`, the default, takes the result where a simulated step gains
+  (`plan.pipeline_choice`). With `null` it is a hint.
 
 Alternatives considered:
 - A measurement: needs the machine.
@@ -76,6 +76,14 @@ def balanced_layers(
         cost[stage] += layer
 
     return tuple(counts)
+
+
+def nearly_even_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage that differ by one at most; later stages, one of them with the head, have
+    fewer.
+    """
+    each, rest = divmod(num_layers, num_stages)
+    return tuple(each + (stage < rest) for stage in range(num_stages))
 
 
 def with_layers(layout: Layout, layers_per_stage: tuple[int, ...]) -> Layout:

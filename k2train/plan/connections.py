@@ -1,23 +1,29 @@
 """Connections of a rank: process groups, TCP sockets and open files by layout and device.
 
-- gloo connects every rank of a group with every other one when the group is made. A rank of a
-  world of W processes so has about 2 W sockets: two groups span the world, one for the main thread
-  and one for the saving thread.
+- gloo connects every rank of a group with every other one when the group is made. Two groups span
+  the world, one for the main thread and one for the saving thread: a rank of W processes has about
+  2 W sockets.
+- Above `FLAT_RANKS` each of the two is made of rows (`parallel.host_group`): about 2 sqrt(W)
+  sockets, and 4 sqrt(W) for the first rank of a row.
 - On a CPU the groups along the axes are gloo's, too. On CUDA they are NCCL's, which connects when a
   group is first used, and with few sockets.
 - Counted on Linux with torch 2.13: a gloo group of n ranks has n - 1 connections, a socket that
   listens, and 3 files of its event loop.
 - Each rank of a gloo group reads the addresses of all others from the store that rank 0's machine
-  serves: `store_reads` of the whole job grow with the square of the world.
+  serves: `store_reads` of the whole job grow with the square of the world up to `FLAT_RANKS`, and
+  with its power 1.5 above.
 
 Alternatives considered:
 - A fixed number that is surely enough: at 16,384 ranks it is not.
 """
 
 from dataclasses import dataclass
+from math import isqrt
 
 from k2train.plan.layout import Layout
 
+FLAT_RANKS = 512
+"""Ranks up to which all are one group of host tensors."""
 AXES_AND_STAGE = ("tp", "dp", "pp", "stage")
 LOOP_FILES = 3
 """Files of a gloo group's event loop."""
@@ -33,12 +39,14 @@ OTHER_FILES = 512
 
 @dataclass(frozen=True)
 class Connections:
-    """What one rank has open once its grid is built. Every rank of a layout has as many."""
+    """What rank 0 has open once its grid is built. No rank of the layout has more."""
 
     gloo_groups: tuple[int, ...]
     """Ranks of each gloo group that the rank is in."""
     device_groups: tuple[int, ...]
     """Ranks of each group of devices that the rank is in."""
+    other_gloo_groups: tuple[int, ...]
+    """Those of a rank that is no first one of a row of host tensors."""
     world_size: int
     device_pairs: int
     """Most pipeline neighbours of a rank on devices; each pair has a communicator of its own."""
@@ -68,7 +76,19 @@ class Connections:
     @property
     def store_reads(self) -> int:
         """Addresses that all ranks together read from the store while they meet."""
-        return self.world_size * sum(size - 1 for size in self.gloo_groups)
+        firsts = 0
+        if self.gloo_groups != self.other_gloo_groups:
+            firsts = -(-self.world_size // host_row_ranks(self.world_size))
+        first, other = (
+            sum(size - 1 for size in groups)
+            for groups in (self.gloo_groups, self.other_gloo_groups)
+        )
+        return firsts * first + (self.world_size - firsts) * other
+
+
+def host_row_ranks(world_size: int, flat_ranks: int = FLAT_RANKS) -> int:
+    """Consecutive ranks that are one row of a group of host tensors: all, or about the root."""
+    return world_size if world_size <= flat_ranks else isqrt(world_size - 1) + 1
 
 
 def connections(layout: Layout, device_type: str) -> Connections:
@@ -78,7 +98,11 @@ def connections(layout: Layout, device_type: str) -> Connections:
     sizes = tuple(sorted(len(ranks) for ranks in axes if len(ranks) > 1))
     # The main thread's and the saving thread's. On a CPU the first is the default group, and that
     # of every axis that spans the world.
-    both = (world, world)
+    row = host_row_ranks(world)
+    other = (row,)
+    own = other if row == world else (row, -(-world // row))
     if device_type == "cpu":
-        return Connections((*(size for size in sizes if size < world), *both), (), world, 0)
-    return Connections(both, sizes, world, min(2, layout.pipeline - 1))
+        below = tuple(size for size in sizes if size < world)
+        return Connections((*below, world, *own), (), (*below, world, *other), world, 0)
+    pairs = min(2, layout.pipeline - 1)
+    return Connections(own + own, sizes, other + other, world, pairs)

@@ -157,10 +157,10 @@ LINES = {
 }
 
 
-def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
+def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s", scope: str = "in all") -> str:
     """Draw the same picture as a stand-alone SVG of `width` pixels.
 
-    Tooltips name action and times.
+    Tooltips name action and times. `scope` says what the time of the picture is of.
     """
     computes = [span for span in spans if span.action.op.is_compute]
     ranks = sorted({span.rank for span in computes})
@@ -168,7 +168,7 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     scale = (width - LEFT - GAP) / total if total > 0 else 0.0
     height = TOP + len(ranks) * (ROW + GAP)
     local = _local_stages(computes)
-    body = [_svg_head(_ops(computes) or [Op.FORWARD], width, height, total, unit)]
+    body = [_svg_head(_ops(computes) or [Op.FORWARD], width, height, f"{total:.4g} {unit} {scope}")]
 
     for index, rank in enumerate(ranks):
         top = TOP + index * (ROW + GAP)
@@ -191,7 +191,7 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s") -> str:
     return "\n".join([*body, "</svg>", ""])
 
 
-def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: str) -> str:
+def _svg_head(ops: Sequence[Op], width: int, height: int, length: str) -> str:
     fills = {op: f"url(#{op.value}-lines)" if op in LINES else FILLS[op] for op in ops}
     styles = " ".join(f".{op.value} {{ fill: {fill}; }}" for op, fill in fills.items())
     patterns = "".join(
@@ -210,8 +210,7 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, total: float, unit: st
         left += 40 + 7 * len(NAMES[op])
 
     key.append(
-        f'<text x="{left}" y="19">{total:.4g} {html.escape(unit)} in all; '
-        f"the number is the micro-batch</text>"
+        f'<text x="{left}" y="19">{html.escape(length)}; the number is the micro-batch</text>'
     )
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
 width="{width}" height="{height}">

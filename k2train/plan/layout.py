@@ -137,13 +137,17 @@ class Layout:
         `axis` is one of `AXES`, or `stage`: all ranks of its pipeline rank. Unlike `groups` it
         takes no step for every rank of the world.
         """
+        return tuple(self.peer_range(rank, axis))
+
+    def peer_range(self, rank: int, axis: str) -> range:
+        """Return the same ranks, which are evenly spaced, without making them."""
         stage = self.tensor * self.data
         if axis == "stage":
             first = rank - rank % stage
-            return tuple(range(first, first + stage))
+            return range(first, first + stage)
         stride = {"tp": 1, "dp": self.tensor, "pp": stage}[axis]
         first = rank - getattr(self.coordinate(rank), axis) * stride
-        return tuple(range(first, first + self.degree(axis) * stride, stride))
+        return range(first, first + self.degree(axis) * stride, stride)
 
     def groups(self, axis: str) -> list[tuple[int, ...]]:
         """Return every group along one axis, as world ranks ordered by their index on that axis.

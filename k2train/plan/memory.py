@@ -13,17 +13,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from k2train.plan.action import Action
+from k2train.plan.action import Action, Op
 from k2train.plan.activations import (
     FP32,
     ActivationSpec,
     layer_bytes,
+    layer_deferred_bytes,
     peak_bytes,
     stage_bytes,
     stage_deferred_bytes,
 )
-from k2train.plan.cost import WEIGHT_BYTES, StateBytes, rank_parameters, state_bytes
+from k2train.plan.buckets import DOWN, GATE_UP
+from k2train.plan.cost import (
+    WEIGHT_BYTES,
+    StateBytes,
+    rank_parameters,
+    state_bytes,
+)
 from k2train.plan.layout import Layout
+from k2train.plan.leaving import leaving_bytes
 
 MIB = 2**20
 STRIP_BYTES = {"cpu": 16 * MIB, "cuda": 512 * MIB}
@@ -65,7 +73,8 @@ class RankMemory:
     working_bytes: int
     """Working set of one layer's backward, or of the loss."""
     transfer_bytes: int
-    """Gradients or weights in flight to other data-parallel ranks."""
+    """Gradients or weights in flight to other data-parallel ranks, and what is computed meanwhile.
+    """
 
     @property
     def total_bytes(self) -> int:
@@ -95,14 +104,25 @@ def rank_memory(
     return RankMemory(
         state_bytes(spec.shape, layout, spec.precision, pp),
         peak,
-        working_bytes(spec, layout, pp),
-        transfer_bytes(spec, layout, pp, overlap, bucket_bytes),
+        working_bytes(spec, layout, pp, _splits(program)) + crossing_bytes(spec, pp),
+        transfer_bytes(spec, layout, program, pp, overlap, bucket_bytes),
     )
 
 
-def working_bytes(spec: ActivationSpec, layout: Layout, pp: int) -> int:
-    """Peak working set of a rank of pipeline rank `pp`, besides what is kept."""
+def _splits(program: Sequence[Action]) -> bool:
+    """Whether a program defers weight gradients."""
+    return any(action.op is Op.BACKWARD_INPUT for action in program)
+
+
+def working_bytes(spec: ActivationSpec, layout: Layout, pp: int, split: bool = False) -> int:
+    """Peak working set of a rank of pipeline rank `pp`, besides what is kept.
+
+    `split`: weight gradients are deferred, and a recomputed layer is among what they keep.
+    """
     stages, last, working = layout.stages_of(pp), layout.num_stages - 1, layer_working_bytes(spec)
+    if split and "full" in spec.policies(spec.shape.num_layers):
+        inputs = spec.split_bytes(spec.shape.hidden_size + spec.shape.ffn_hidden_size)
+        working = max(0, working - (layer_deferred_bytes(spec) - inputs))
     if last not in stages:
         return working
     # When its layers begin, the last stage has used up what the final norm and the loss kept.
@@ -110,11 +130,25 @@ def working_bytes(spec: ActivationSpec, layout: Layout, pp: int) -> int:
     return max(working - used, loss_working_bytes(spec))
 
 
-def layer_working_bytes(spec: ActivationSpec) -> int:
-    """Peak working set of a layer's backward, besides what layers keep.
+def crossing_bytes(spec: ActivationSpec, pp: int) -> int:
+    """Residual streams on their way between stages, besides those that micro-batches keep.
 
-    The largest of three moments: the last product, the SwiGLU, and the gate and up product. The
-    gradient of the layer's output exists in all of them. Kept tensors that were used are gone.
+    Ranks behind the first have already received their next input, and the gradient of the one
+    before may still be sent.
+    """
+    return 2 * spec.residual_bytes if pp else 0
+
+
+def layer_working_bytes(spec: ActivationSpec) -> int:
+    """Peak working set of a layer's backward, besides what layers keep."""
+    return max(size for _, size in layer_moments(spec))
+
+
+def layer_moments(spec: ActivationSpec) -> tuple[tuple[float, int], ...]:
+    """Three moments of a layer's backward: (position that has its gradients, working set).
+
+    The last product, the SwiGLU, and the gate and up product. The gradient of the layer's output
+    exists in all of them. Kept tensors that were used are gone.
     """
     ffn, shape = spec.split_bytes(spec.shape.ffn_hidden_size), spec.shape
     recomputed = [
@@ -123,17 +157,18 @@ def layer_working_bytes(spec: ActivationSpec) -> int:
     active = max(0 if policy == "none" else ffn for policy in set(spec.policies(shape.num_layers)))
     gathered = spec.gathered_bytes if spec.gathers else 0
 
-    # Three moments of the backward: last product, SwiGLU, gate and up product.
-    down = gathered + ffn + active + _matrix_bytes(spec, shape.ffn_hidden_size)
+    down = gathered + ffn + active + _product_bytes(spec, shape.ffn_hidden_size, ffn)
     swiglu = 4 * ffn - (ffn - active)
+    # The sum over ranks begins when an upcast product's copies are gone.
     gate_up = (
         active
         + spec.gathered_bytes
-        + gathered * (1 + spec.regather)
-        + _matrix_bytes(spec, 2 * shape.ffn_hidden_size)
+        + gathered * (spec.regather + (spec.matmul != "upcast"))
+        + _product_bytes(spec, 2 * shape.ffn_hidden_size, spec.gathered_bytes)
     )
 
-    return spec.residual_bytes + max(recomputed) + max(down, swiglu, gate_up - ffn)
+    always = spec.residual_bytes + max(recomputed)
+    return (1.0, always + down), (DOWN, always + swiglu), (GATE_UP, always + gate_up - ffn)
 
 
 def _recomputed_bytes(spec: ActivationSpec, policy: str) -> int:
@@ -148,6 +183,17 @@ def _recomputed_bytes(spec: ActivationSpec, policy: str) -> int:
         - layer_bytes(spec, "full")
         - spec.split_bytes(spec.shape.ffn_hidden_size)
     )
+
+
+def _product_bytes(spec: ActivationSpec, width: int, result_bytes: int) -> int:
+    """Bytes that a product with a matrix of `width` columns needs besides its factors and result.
+
+    Upcast, these are both factors and the result in fp32; they are gone when the result is rounded.
+    """
+    if spec.matmul != "upcast":
+        return _matrix_bytes(spec, width)
+    local, hidden = width // spec.tensor, spec.shape.hidden_size
+    return FP32 * (spec.tokens * (local + hidden) + local * hidden) - result_bytes
 
 
 def _matrix_bytes(spec: ActivationSpec, width: int) -> int:
@@ -174,19 +220,44 @@ def loss_working_bytes(spec: ActivationSpec) -> int:
         spec, spec.shape.vocab_size
     )
 
+    if spec.matmul == "upcast":
+        # The input's gradient is a product of the strip: its factors and result in fp32.
+        upcast = FP32 * (width * hidden + rows * (width + hidden))
+        gradient_bytes = rows * width * spec.element_bytes + upcast
+
     # Split over the sequence, the loss has its input whole and in part, and so the gradient of it.
     split = spec.gathered_bytes if spec.gathers else 0
     return spec.residual_bytes + 2 * split + max(rows * width * logits, gradient_bytes)
 
 
 def transfer_bytes(
-    spec: ActivationSpec, layout: Layout, pp: int, overlap: bool, bucket_bytes: int | None = None
+    spec: ActivationSpec,
+    layout: Layout,
+    program: Sequence[Action],
+    pp: int,
+    overlap: bool,
+    bucket_bytes: int | None = None,
 ) -> int:
-    """Gradients (fp32) or weights in flight: one bucket, or with `overlap` up to all of them."""
+    """Gradients (fp32) or weights in flight, and what is computed meanwhile.
+
+    Without `overlap` one bucket. With it a bucket leaves when its last parameter has its gradient,
+    and none is back before the step's end: the layer's backward that runs then counts.
+    """
     if layout.data == 1:
         return 0
-    count = rank_parameters(spec.shape, layout, pp)
-    gradients, weights = FP32 * count, WEIGHT_BYTES[spec.precision] * count
+    count, limit = rank_parameters(spec.shape, layout, pp), bucket_bytes or BUCKET_BYTES
     if overlap:
-        return max(gradients + gradients // layout.data, weights)
-    return min(gradients, bucket_bytes or BUCKET_BYTES)
+        weights = WEIGHT_BYTES[spec.precision] * count
+        moments, norm = layer_moments(spec), norm_working_bytes(spec)
+        return max(weights, leaving_bytes(spec, layout, program, pp, limit, moments, norm))
+    bucket = min(FP32 * count, limit)
+    return bucket + bucket // layout.data
+
+
+def norm_working_bytes(spec: ActivationSpec) -> int:
+    """Working set of a norm's backward: gradient, input and their product in fp32, and the sum.
+
+    The residual stream's gradient waits beside it.
+    """
+    wide = FP32 * spec.local_tokens * spec.shape.hidden_size
+    return (wide if spec.precision == "fp32" else 3 * wide) + 3 * spec.residual_bytes

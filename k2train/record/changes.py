@@ -106,8 +106,12 @@ def what_text(event: Stated) -> str:
     """Say what a change by hand is."""
     if isinstance(event, ChunkDeferred):
         return f"defer: {event.chunk} moved to position {event.order_index} of the order"
-    parts = [f"{one.kind}: {one.key} {one.before} -> {one.after}" for one in event.changes]
-    return "; ".join(parts) or "no change"
+    by_kind: dict[str, list[str]] = {}
+    for one in event.changes:
+        by_kind.setdefault(one.kind, []).append(f"{one.key} {one.before} -> {one.after}")
+    return (
+        "; ".join(f"{kind}: {', '.join(found)}" for kind, found in by_kind.items()) or "no change"
+    )
 
 
 def why_text(why: str | None) -> str:

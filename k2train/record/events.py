@@ -19,6 +19,8 @@ from k2train.record.followed_events import CheckpointFollowed as CheckpointFollo
 from k2train.record.followed_events import ResumeDrilled as ResumeDrilled
 from k2train.record.held_out import SetScore
 from k2train.record.json_fields import field_value, field_values
+from k2train.record.merge_events import CheckpointsMerged as CheckpointsMerged
+from k2train.record.product_events import ProductsMeasured as ProductsMeasured
 from k2train.record.rollback_events import Deferral, RolledBack
 from k2train.record.spike_events import Spike as Spike
 
@@ -110,7 +112,8 @@ class StageTransition(Event, name="seam"):
     """A stage starts from a checkpoint of another run.
 
     `rate_before` is the last rate there, `rate_after` that of the first step of `total_steps` here.
-    `allowed` are changes of the model that were asked for by name.
+    `allowed` are changes of the model that were asked for by name. `added_specials` are special
+    tokens of this stage behind those of the parent's tokenizer, which is the same but for them.
     """
 
     attempt: int
@@ -132,6 +135,7 @@ class StageTransition(Event, name="seam"):
     parent_finished: bool | None = None
     parent_total_steps: int | None = None
     allowed: tuple[str, ...] | None = None
+    added_specials: tuple[str, ...] | None = None
 
 
 class ChunkStarted(Event, name="chunk_started"):

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from k2train.commands import program_text
 from k2train.errors import RunError
 from k2train.files import write_synced
 from k2train.record.events import Entry, LedgerMended, of_kind
@@ -24,7 +25,6 @@ from k2train.safe_json import read_plain_file
 
 HEAD_FILE = "ledger.head"
 MAX_BYTES = 4096
-REMEDY = "restore it from a copy, or see `python tools/mend_ledger.py {}`"
 
 
 class LedgerHead(NamedTuple):
@@ -37,7 +37,7 @@ class LedgerHead(NamedTuple):
 
 def remedy(ledger: Path) -> str:
     """What to do about a damaged ledger."""
-    return REMEDY.format(ledger.parent)
+    return f"restore it from a copy, or see `{program_text('mend_ledger')} {ledger.parent}`"
 
 
 def write_head(ledger: Path, head: LedgerHead) -> None:

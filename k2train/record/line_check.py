@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.errors import RunError
-from k2train.record.jsonl import parse_line
+from k2train.record.jsonl import append_bytes, parse_line, truncate
 
 CHECK_KEY = "check"
 TAIL = b', "check": "................"}'
@@ -112,6 +112,52 @@ def checked_rows(
                 "written"
             ),
         )
+
+
+def repair_torn_tail(path: Path) -> str | None:
+    """Cut off a torn last line of a killed process; returns what was done, None if nothing.
+
+    Raises OSError.
+    """
+    torn_bytes, size_bytes = _torn_tail(path)
+    if not torn_bytes:
+        return None
+
+    with path.open("rb") as stream:
+        stream.seek(size_bytes)
+        rest = stream.read()
+
+    if ends_damaged(rest):
+        # Not torn: the newline itself was damaged. Keep the line; the next one begins after it.
+        append_bytes(path, b"\n", sync=False)
+        return (
+            f"{path.name}: the newline of the last line was damaged; the line is kept and reported "
+            "as damaged"
+        )
+
+    truncate(path, size_bytes)
+    return f"{path.name}: {torn_bytes} bytes of a torn last line were cut off"
+
+
+def _torn_tail(path: Path, block_bytes: int = 65536) -> tuple[int, int]:
+    """(bytes after the last newline, bytes before them).
+
+    Reads from the end, because the file of a long run has many megabytes.
+    """
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        end = size_bytes
+        while end > 0:
+            start = max(0, end - block_bytes)
+            file.seek(start)
+            # Blocks are read backwards until one holds a newline.
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                complete_bytes = start + newline + 1
+                return size_bytes - complete_bytes, complete_bytes
+            end = start
+
+    return size_bytes, 0
 
 
 def _digest(line: bytes) -> bytes:

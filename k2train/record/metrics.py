@@ -7,9 +7,9 @@
   depend on them.
 - Each row carries a check (see `line_check`). A damaged row is reported and ends no run, because no
   part of a run depends on its metrics.
-- `state_roots.jsonl` has the same format, with other keys.
-- A key is a field of the record, in the order of the file. Keys that a file lacks have defaults,
-  and unknown ones are kept.
+- A line with the key `held_out` is no step: see `held_out`. What reads steps passes it over.
+- `state_roots.jsonl` has the same format, with other keys. A key is a field of the record, in the
+  order of the file. Keys that a file lacks have defaults, and unknown ones are kept.
 
 Alternatives considered:
 - Overwriting the old rows, as dashboards do: it hides exactly the steps of interest.
@@ -26,14 +26,17 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from k2train.errors import RunError
-from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines, truncate
-from k2train.record.line_check import Row, checked_rows, ends_damaged, with_check
+from k2train.record.jsonl import NON_FINITE, append_bytes, encode_line, read_lines
+from k2train.record.line_check import Row, checked_rows, repair_torn_tail, with_check
 from k2train.retry import exists, exists_retried, retried, stat_retried
 
 TAIL_BYTES = 65536
 """Longer than any line."""
 POSITION = re.compile(rb'\{"step": (\d+), "attempt": (\d+)[,}]')
 """Beginning of a line."""
+SCORES_KEY = "held_out"
+"""Key of the lines that are no step."""
+_SCORES = re.compile(rb'\{"step": \d+, "attempt": \d+, "held_out": ')
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Record:
         other = {key: values.pop(key) for key in row if key not in keys or key == "other"}
         return cls(**values, other=other)
 
+    @classmethod
+    def is_of(cls, row: Row) -> bool:
+        """Whether a line of the file is such a record."""
+        return True
+
 
 @dataclass(frozen=True)
 class StepRecord(Record):
@@ -93,13 +101,22 @@ class StepRecord(Record):
     """Norm of the applied update; None where `spikes.update_norm` is off."""
     subsets: Mapping[str, Sequence[float]] | None = None
     """Tokens and mean loss of the rows of each subset, with `audit.subset_losses`."""
+    targets: int | None = None
+    """Tokens of the step that were learned, which `loss` is the mean of; None: all that can be."""
+    device: Mapping[str, float] | None = None
+    """Use of rank 0's process and device: `cpu_cores` of the step, and of a GPU `utilization` (0 to
+    1), `memory_bytes`, `power_watts` and `celsius` about once a second; None in older files."""
 
     def row(self) -> Row:
         found = super().row()
-        for key in ("ids", "state_root", "mfu_peak", "update_norm", "subsets"):
+        for key in ("ids", "state_root", "mfu_peak", "update_norm", "subsets", "targets", "device"):
             if found[key] is None:
                 del found[key]
         return found
+
+    @classmethod
+    def is_of(cls, row: Row) -> bool:
+        return SCORES_KEY not in row
 
 
 @dataclass(frozen=True)
@@ -125,7 +142,7 @@ class MetricsWriter:
         self.repaired: str | None = None
         self._lock = threading.Lock()
         if exists_retried(self.path):
-            self.repaired = retried(lambda: _repair(self.path), self.path)
+            self.repaired = retried(lambda: repair_torn_tail(self.path), self.path)
 
     def write(self, record: Record) -> None:
         """Append the row of one step. Raises OSError.
@@ -161,10 +178,12 @@ def read_roots(path: str | Path) -> list[RootRecord]:
 def checked_records(path: str | Path, kind: type[R]) -> Iterator[tuple[int, R | RunError]]:
     """Yield (line number from 1, record), or an error naming the line if it is damaged.
 
-    Raises RunError when the file is unreadable.
+    Lines of another kind are left out. Raises RunError when the file is unreadable.
     """
     path = Path(path)
     for number, row in checked_rows(path, *read_lines(path)):
+        if not isinstance(row, RunError) and not kind.is_of(row):
+            continue
         try:
             yield number, row if isinstance(row, RunError) else kind.of(row)
         except ValueError as error:
@@ -226,11 +245,11 @@ def _latest(records: Iterable[R]) -> list[R]:
 
 
 def last_record(path: Path) -> StepRecord | None:
-    """Read the last complete line, from the end of a possibly huge file; None without one.
+    """Read the last complete step, from the end of a possibly huge file; None without one.
 
-    Raises RunError when it is damaged.
+    Raises RunError when its line is damaged.
     """
-    line = next(lines_backwards(path), None)
+    line = next(step_lines_backwards(path), None)
     return None if line is None else _record(path, line)
 
 
@@ -257,6 +276,16 @@ def last_step(path: Path) -> int:
         if (match := POSITION.match(line)) is not None:
             return int(match[1])
     return 0
+
+
+def is_scores_line(line: bytes) -> bool:
+    """Whether a line has the held-out losses after a step."""
+    return _SCORES.match(line) is not None
+
+
+def step_lines_backwards(path: Path) -> Iterator[bytes]:
+    """Yield the whole lines of steps, the last one first; none without a file."""
+    return (line for line in lines_backwards(path) if not is_scores_line(line))
 
 
 def lines_backwards(path: Path, block_bytes: int = TAIL_BYTES) -> Iterator[bytes]:
@@ -304,7 +333,8 @@ def records_of_step(path: Path, step: int) -> list[StepRecord]:
             end = content.find(b"\n", at)
             if end < 0:
                 break
-            found.append(_record(path, content[at:end]))
+            if not is_scores_line(line := content[at:end]):
+                found.append(_record(path, line))
             at = content.find(start, end)
     return found
 
@@ -318,45 +348,3 @@ def _record(path: Path, line: bytes) -> StepRecord:
         return StepRecord.of(row)
     except ValueError:
         raise RunError(f"{path}: a line is damaged ({line[:60]!r}); restore the file") from None
-
-
-def _repair(path: Path) -> str | None:
-    torn_bytes, size_bytes = _torn_tail(path)
-    if not torn_bytes:
-        return None
-
-    with path.open("rb") as stream:
-        stream.seek(size_bytes)
-        rest = stream.read()
-
-    if ends_damaged(rest):
-        # Not torn: the newline itself was damaged. Keep the line; the next one begins after it.
-        append_bytes(path, b"\n", sync=False)
-        return (
-            f"{path.name}: the newline of the last line was damaged; the line is kept and reported "
-            "as damaged"
-        )
-
-    truncate(path, size_bytes)
-    return f"{path.name}: {torn_bytes} bytes of a torn last line were cut off"
-
-
-def _torn_tail(path: Path, block_bytes: int = 65536) -> tuple[int, int]:
-    """(bytes after the last newline, bytes before them).
-
-    Reads from the end, because the file of a long run has many megabytes.
-    """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        end = size_bytes
-        while end > 0:
-            start = max(0, end - block_bytes)
-            file.seek(start)
-            # Blocks are read backwards until one holds a newline.
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                complete_bytes = start + newline + 1
-                return size_bytes - complete_bytes, complete_bytes
-            end = start
-
-    return size_bytes, 0

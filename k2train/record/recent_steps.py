@@ -9,13 +9,13 @@ from pathlib import Path
 
 from k2train.errors import RunError
 from k2train.record.line_check import checked_rows
-from k2train.record.metrics import POSITION, StepRecord, lines_backwards
+from k2train.record.metrics import POSITION, StepRecord, step_lines_backwards
 
 
 def recent_steps(path: Path, first: int, last: int) -> list[StepRecord]:
     """Return the newest whole row of each step from `first` to `last`, in their order."""
     found: dict[int, StepRecord] = {}
-    for line in lines_backwards(path):
+    for line in step_lines_backwards(path):
         match = POSITION.match(line)
         if match is None:
             continue

@@ -5,14 +5,16 @@
   `metrics.jsonl`, of whatever attempt.
 - The steps of one attempt follow each other, as the lines of the file do.
 - A line of the metrics that has a state root proves a line of `state_roots.jsonl`; a manifest with
-  scores proves lines of `held_out.jsonl`.
+  scores proves lines of `held_out.jsonl`, and so does the ledger.
 
 Alternatives considered:
 - A chain of hashes, as the ledger has: a kill may tear the last lines of these files, and a start
   would have to mend the chain.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from k2train.errors import RunError
@@ -40,14 +42,41 @@ def step_problems(metrics: Path, roots: Path, newest: int) -> Iterator[str]:
         yield from root_gaps(roots, rows, recorded)
 
 
-def score_problems(path: Path, scored: Iterable[tuple[str, int, str]]) -> Iterator[str]:
-    """Say which scores are missing in `held_out.jsonl`, at `path`.
+@dataclass(frozen=True)
+class KnownScore:
+    """A held-out loss as the manifest of a checkpoint or the ledger has it."""
 
-    `scored` has the name of a checkpoint, its step and the name of a set.
-    """
-    if not is_damaged(path):
-        recorded = {(line.step, line.set) for _, line in whole_records(path, HeldOutRecord)}
-        yield from score_gaps(path, scored, recorded)
+    where: str
+    """Name of the checkpoint, or line of the ledger."""
+    step: int
+    set: str
+    loss: float
+    rows: int
+
+
+def score_problems(path: Path, scored: Iterable[KnownScore]) -> Iterator[str]:
+    """Say which scores are missing in `held_out.jsonl`, at `path`, or are others there."""
+    if is_damaged(path):
+        return
+    recorded: dict[tuple[int, str], list[HeldOutRecord]] = {}
+    for _, line in whole_records(path, HeldOutRecord):
+        recorded.setdefault((line.step, line.set), []).append(line)
+
+    for score in scored:
+        lines = recorded.get((score.step, score.set), [])
+        named = f"the score of set {score.set} at step {score.step}, in {score.where},"
+        if not lines:
+            yield f"{path}: {named} has no line"
+        elif not any(_same_score(score, line) for line in lines):
+            yield (
+                f"{path}: {named} is {score.loss} over {score.rows} rows, its last line says "
+                f"{lines[-1].loss} over {lines[-1].rows}"
+            )
+
+
+def _same_score(score: KnownScore, line: HeldOutRecord) -> bool:
+    # As text: a loss may be NaN.
+    return (str(score.loss), score.rows) == (str(line.loss), line.rows)
 
 
 def is_damaged(path: Path) -> bool:
@@ -71,19 +100,23 @@ def metrics_gaps(path: Path, rows: Sequence[tuple[int, StepRecord]], newest: int
     `rows` are the lines of `metrics.jsonl` with their numbers; `newest` is a step that is known to
     be done.
     """
-    missing = sorted(set(range(1, newest + 1)) - {row.step for _, row in rows})
+    # Never a list of all steps: a forged ledger may claim more than memory holds.
+    there = sorted({row.step for _, row in rows if 1 <= row.step <= newest})
+    missing = newest - len(there)
     if missing:
+        first = next((at for at, step in enumerate(there, 1) if step != at), len(there) + 1)
         yield (
-            f"{path}: {_steps(missing)} of the {newest} up to the newest checkpoint "
-            f"{'has' if len(missing) == 1 else 'have'} no line"
+            f"{path}: {_steps(missing, first)} of the {newest} up to the newest checkpoint "
+            f"{'has' if missing == 1 else 'have'} no line"
         )
 
     before: dict[int, int] = {}
     for line, row in rows:
         last = before.get(row.attempt)
         # A step that is missing was told.
-        passed_over = range(row.step if last is None else last + 1, row.step)
-        if last is not None and (row.step <= last or not set(passed_over) <= set(missing)):
+        if last is not None and (
+            row.step <= last or not _all_missing(range(last + 1, row.step), there, newest)
+        ):
             yield (
                 f"{path}: line {line} is of step {row.step} of attempt {row.attempt}, after its "
                 f"step {last}: lines were moved, doubled or cut out"
@@ -98,19 +131,17 @@ def root_gaps(
     wanted = [row for _, row in rows if row.state_root is not None]
     missing = sorted(row.step for row in wanted if (row.attempt, row.step) not in recorded)
     if missing:
-        yield f"{path}: {_steps(missing)}, whose root is in the metrics, have no line"
+        told = _steps(len(missing), missing[0]).removesuffix(",")
+        yield f"{path}: {told}, whose root is in the metrics, have no line"
 
 
-def score_gaps(
-    path: Path, scored: Iterable[tuple[str, int, str]], recorded: Collection[tuple[int, str]]
-) -> Iterator[str]:
-    """Say which of the `scored` are not among the `recorded` steps and sets."""
-    for checkpoint, step, name in scored:
-        if (step, name) not in recorded:
-            yield f"{path}: the score of set {name} at step {step}, in {checkpoint}, has no line"
+def _all_missing(steps: range, there: Sequence[int], newest: int) -> bool:
+    """Return whether all of these steps are known to be done, and none of them is `there`."""
+    if not steps:
+        return True
+    return steps[-1] <= newest and bisect_left(there, steps[0]) == bisect_right(there, steps[-1])
 
 
-def _steps(steps: Sequence[int]) -> str:
-    """`3 steps, the first is 31`."""
-    first = f"step {steps[0]}" if len(steps) == 1 else counted(len(steps), "step")
-    return first if len(steps) == 1 else f"{first}, the first is {steps[0]},"
+def _steps(count: int, first: int) -> str:
+    """`3 steps, the first is 31,`."""
+    return f"step {first}" if count == 1 else f"{counted(count, 'step')}, the first is {first},"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from k2train.config.load import Config
+from k2train.data.loss_mask import masked_as_asked
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import apply_events, make_order
 from k2train.errors import RunError
@@ -55,6 +56,7 @@ def begin_of(run: RecordedRun, tree: Mapping[str, Any], place: Place) -> Start:
     config = Config.model_validate(values)
 
     manifest = read_data_manifest(config.data.manifest)
+    manifest = masked_as_asked(manifest, config.data.loss_mask)
     order = make_order(
         manifest, config.data.order, config.batch.global_sequences, config.data.sequence_length
     )

@@ -27,6 +27,7 @@ from k2train.replay.compare import (
 from k2train.replay.recorded_run import RecordedRun, Segment
 from k2train.replay.session import Session
 from k2train.state_digest import short_digests
+from k2train.train.matmul_choice import recorded_choice
 from k2train.train.rounding import STATE_BOUND, Rounding
 from k2train.train.setting import config_digest
 from k2train.train.state import TrainState
@@ -147,12 +148,14 @@ class Replay:
             # The order of sums in a CPU's products may depend on them.
             torch.set_num_threads(int(threads))
         start = begin_of(self.run, tree, self.place)
-        key = (attempt, f"{config_digest(start.identity)} {start.setup.config.batch}")
+        products = recorded_choice(start.setup, self.grid, self.run.entries, attempt)
+        config = config_digest(start.identity)
+        key = (attempt, f"{config} {start.setup.config.batch} {products or ''}")
         before = self._session
         if before is not None and self._key[1] == key[1] and going_on:
             self._key = key
             return before
-        self._session, self._key = Session(start, self.grid), key
+        self._session, self._key = Session(start, self.grid, products=products), key
         if before is not None:
             if going_on:
                 self._session.take_over(before)

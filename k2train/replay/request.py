@@ -11,6 +11,7 @@ from k2train.replay.recorded_run import (
     segment_of_chunk,
     segment_of_steps,
 )
+from k2train.text import counted
 
 
 class Request(NamedTuple):
@@ -52,7 +53,7 @@ class Request(NamedTuple):
         known = sorted(number for number in whole if number > 0 and number - 1 in whole)
         if count > len(known):
             raise RunError(
-                f"--probe {count}: {run.directory} has {len(known)} chunks whose checkpoints "
-                "before and after are whole; ask for fewer"
+                f"--probe {count}: {run.directory} has {counted(len(known), 'chunk')} whose "
+                "checkpoints before and after are whole; ask for fewer"
             )
         return random.Random(self.seed).sample(known, count)

@@ -11,6 +11,7 @@ from k2train.checkpoint.blocks import local_boxes
 from k2train.checkpoint.load import agree_on_checkpoint, load_states
 from k2train.checkpoint.manifest import CheckpointManifest, read_manifest
 from k2train.errors import CheckpointError
+from k2train.model.kernels.product_choice import Choice
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import StateRoot
 from k2train.parallel.grid import ProcessGrid
@@ -23,6 +24,7 @@ from k2train.train.recheck import StepJudge
 from k2train.train.repeat import engine_root, repeat_step
 from k2train.train.run_logger import RunLogger
 from k2train.train.setting import setting_of
+from k2train.train.setup_kernels import kernels_of
 from k2train.train.state import TrainState
 from k2train.train.step_report import StepReport
 from k2train.train.step_result import StepResult
@@ -50,9 +52,17 @@ class Distance(NamedTuple):
 class Session:
     """A replay on one grid. `trained_world` is the number of ranks that did the steps."""
 
-    def __init__(self, start: Start, grid: ProcessGrid, verify: bool = True):
+    def __init__(
+        self,
+        start: Start,
+        grid: ProcessGrid,
+        verify: bool = True,
+        products: Choice | None = None,
+    ):
+        """`products`: libraries of the products, as the run measured them."""
         self.start, self.grid = start, grid
-        self.engine = Engine(start.setup, grid, fill=False)
+        kernels = None if products is None else kernels_of(start.setup, grid.device, products)
+        self.engine = Engine(start.setup, grid, fill=False, kernels=kernels)
         self.batches = BatchSource(start, grid, verify)
         self.report = StepReport(start, RunLogger(), grid.device)
         self.state = TrainState()

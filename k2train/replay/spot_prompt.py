@@ -22,7 +22,9 @@ from k2train.replay.begin import Place, begin_of
 from k2train.replay.read_rows import read_rows
 from k2train.replay.recorded_run import RecordedRun
 from k2train.train.axes import axes_of
+from k2train.train.engine_parts import documents_of
 from k2train.train.forward_check import bound_of, positions_of, prompt_of, samples_of
+from k2train.train.matmul_choice import choice_of_manifest
 from k2train.train.setup_kernels import DTYPES, kernels_of
 
 
@@ -50,13 +52,14 @@ def spot_prompt(run: RecordedRun, number: int, grid: ProcessGrid, place: Place) 
     if manifest.probe is None:
         raise CheckpointError(f"{path.name} holds no forward check: it cannot be spot-checked")
     setup = begin_of(run, manifest.config, place).setup
-    tp, _ = axes_of(setup, grid)
-    kernels, a = kernels_of(setup, grid.device), setup.architecture
+    tp, _, _ = axes_of(setup, grid)
+    choice = choice_of_manifest(setup, grid, manifest.products)
+    kernels, a = kernels_of(setup, grid.device, choice), setup.architecture
 
     prompt = prompt_of(setup.config, grid.device)
     # Only the first row is compared, and no row depends on another.
     x: Tensor = prompt.tokens[:1]
-    documents = prompt.documents[:1] if setup.block and prompt.documents is not None else None
+    documents = documents_of(prompt).rows(1) if setup.block else None
     head: Stage | None = None
     for layer in range(a.num_layers):
         first, last = layer == 0, layer == a.num_layers - 1

@@ -49,7 +49,7 @@ from k2train.launch.environment import (
     was_asked_to_stop,
     write_status,
 )
-from k2train.launch.environment_defaults import set_environment_defaults
+from k2train.launch.environment_defaults import quiet_profiler, set_environment_defaults
 from k2train.launch.limits import require_open_files
 from k2train.plan.connections import connections
 from k2train.record.system_info import job_facts, slurm_job_ended
@@ -58,7 +58,8 @@ from k2train.run_lock.lock import RunLock
 from k2train.text import counted
 from k2train.train.held_out_sets import held_out_sets
 from k2train.train.machine import has_accelerator
-from k2train.train.preflight import Start, check_data, prepare_start, run_directory
+from k2train.train.preflight import Start, check_data, prepare_start
+from k2train.train.recorded_choices import run_directory
 from k2train.train.start_notes import bf16_note, evaluation_note
 
 CONTINUE = "run the same command again to continue"
@@ -192,7 +193,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="print every resolved value and where it was set, then exit",
     )
-    return parser.parse_intermixed_args(arguments)
+    lines = parser.add_mutually_exclusive_group()
+    lines.add_argument(
+        "--quiet",
+        dest="detail",
+        action="store_const",
+        const=["log.detail=quiet"],
+        default=[],
+        help="no step lines and no progress, as log.detail=quiet",
+    )
+    lines.add_argument(
+        "--verbose",
+        dest="detail",
+        action="store_const",
+        const=["log.detail=verbose"],
+        help="a line of every step, with all that is known of it, as log.detail=verbose",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    options.overrides = [*options.overrides, *options.detail]
+    return options
 
 
 def _explain(path: str, overrides: Sequence[str]) -> None:
@@ -207,7 +226,10 @@ def _explain(path: str, overrides: Sequence[str]) -> None:
     # A config is often explained on a machine that does not have its data.
     if exists_retried(Path(config.data.manifest)):
         manifest, order = check_data(config)
-        print(f"# {manifest.path}: {counted(len(order.names), 'chunk')}, {order.total_steps} steps")
+        print(
+            f"# {manifest.path}: {counted(len(order.names), 'chunk')}, "
+            f"{counted(order.total_steps, 'step')}"
+        )
         notes.append(evaluation_note(config, held_out_sets(config, manifest), order))
     else:
         print(f"# {config.data.manifest}: not there, so nothing is said of the data")
@@ -258,6 +280,8 @@ def _run(launch: Launch, start: Start, stop: StopRequest, lock: RunLock | None) 
     # Before torch, which reads them once.
     deterministic = start.setup.config.kernels.deterministic
     set_environment_defaults(launch.world_size, deterministic)
+    if start.setup.config.profile.steps is not None:
+        quiet_profiler()
     # An error raised in the midst of torch's import aborts the process.
     with stop.held():
         trainer = importlib.import_module("k2train.train.run")

@@ -177,7 +177,7 @@ def _check_ids(run: Path, bundle: Bundle, chunks: Manifest, order: ChunkOrder) -
             f"step {bundle.step} reads {name} rows {rows.start}-{rows.stop - 1} by the checkpoint, "
             f"the bundle says {bundle.event['chunk']} rows {bundle.event['rows']}"
         )
-    here = fingerprint_of_rows(chunks, chunks.chunk(name), rows)
+    here = fingerprint_of_rows(chunks, chunks.chunk(name), rows, chunks.has_masks)
     for record in recent_steps(run / "metrics.jsonl", bundle.step, bundle.step):
         of_bundle = record.attempt == bundle.event.get("attempt")
         if of_bundle and record.ids is not None and record.ids != here:

@@ -10,7 +10,11 @@ Alternatives considered:
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from hashlib import sha256
+from typing import Any
 
+import torch
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from k2train.checkpoint.run_facts import HeldOutFacts
@@ -23,7 +27,7 @@ from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.processes import file_system_view
 from k2train.train.engine import Engine
-from k2train.train.held_out_sets import held_out_facts, row_subsets
+from k2train.train.held_out_sets import RowLoss, held_out_facts, row_subsets
 from k2train.train.monitor import DamageError
 from k2train.train.preflight import Start
 
@@ -36,8 +40,15 @@ class UnavailableChunkError(UnavailableError):
     """A chunk cannot be read for now; raised on every rank alike."""
 
 
-_OPENED = TypeAdapter(tuple[str, ChunkIdentity | None])
+_RANK: TypeAdapter[int | None] = TypeAdapter(int | None)
 """A rank's view of the file systems, and the chunk that it opened."""
+
+
+def _fed(part: MicroBatch) -> NDArray[Any]:
+    """What the model is fed of a micro-batch: the ids, and the labels where it has some."""
+    tokens = part.tokens if part.labels is None else torch.cat((part.tokens, part.labels), dim=1)
+    found: NDArray[Any] = tokens.numpy()
+    return found
 
 
 class BatchSource:
@@ -109,8 +120,7 @@ class BatchSource:
         if needed:
             rows = rank_rows(range(self.order.global_sequences), *self.loader.share)
             sums = (
-                sum_of_rows(part.tokens.numpy(), own.start)
-                for part, own in zip(batch, rows, strict=True)
+                sum_of_rows(_fed(part), own.start) for part, own in zip(batch, rows, strict=True)
             )
             total = sum(sums) & MASK
         counts = self.grid.tp.rank == 0 and self.grid.coordinate.pp == 0
@@ -128,15 +138,19 @@ class BatchSource:
     def _score(
         self, loader: HeldOutLoader, engine: Engine, progress: Callable[[], None]
     ) -> HeldOutFacts:
-        losses: list[float] = []
+        losses: list[RowLoss] = []
+        # With masks every rank counts the targets.
+        needed = engine.needs_batch or loader.set.manifest.has_masks
+        every = loader.set.manifest.sequence_length - 1
         for index, batch in enumerate(loader.batches):
             parts = self._read_agreed(
-                partial(loader.read, index), loader, loader.opens(index), engine.needs_batch
+                partial(loader.read, index), loader, loader.opens(index), needed
             )
             on_device = [part.to(self.grid.device) for part in parts]
-            rows = engine.row_losses(on_device, batch.num_microbatches)
+            sums = engine.row_losses(on_device, batch.num_microbatches).tolist()
+            targets = (parts[0].row_targets if parts else None) or [every] * len(batch.rows)
             # What was filled up does not count.
-            losses += rows[: len(batch.rows)].tolist()
+            losses += map(RowLoss, sums[: len(batch.rows)], targets)
             progress()
         return held_out_facts(loader.set, losses, self._row_subsets.get(loader.set.name, []))
 
@@ -162,17 +176,14 @@ class BatchSource:
             raise DamagedChunkError(first[1])
 
         # One rank of a machine hashed the file. The others must have opened that one.
-        told = self._agreement.all(
-            (file_system_view(), loader.identity(opens)), _OPENED, "agree on a chunk"
-        )
-        known: dict[str, ChunkIdentity] = {}
-        for rank, (view, opened) in enumerate(told):
-            if opened and view and not known.setdefault(view, opened).has_content_of(opened):
-                raise UnavailableChunkError(
-                    f"{opens}: rank {rank} opened another file than a rank beside it; the chunk "
-                    "was exchanged at that moment; stop whatever writes to the data, then start "
-                    "the same command again"
-                )
+        marks = self._agreement.to_first(_marks(file_system_view(), loader.identity(opens)))
+        rank = self._agreement.from_first(_apart(marks.tolist()), _RANK, "agree on a chunk")
+        if rank is not None:
+            raise UnavailableChunkError(
+                f"{opens}: rank {rank} opened another file than a rank beside it; the chunk was "
+                "exchanged at that moment; stop whatever writes to the data, then start the same "
+                "command again"
+            )
 
     def _read_agreed(
         self,
@@ -197,3 +208,26 @@ class BatchSource:
         if opens or problem is not None:
             self._agree(problem, loader, opens)
         return batch
+
+
+def _marks(view: str, opened: ChunkIdentity | None) -> torch.Tensor:
+    """Marks int64 [4] of what a rank sees, and of the content of its files; 0 for none."""
+    files = (None,) * 3 if opened is None or not view else opened
+    parts = [repr(view), *("" if file is None else repr(file.content) for file in files)]
+    return torch.tensor(
+        [
+            int.from_bytes(sha256(part.encode()).digest()[:7], "little") + 1 if part else 0
+            for part in parts
+        ]
+    )
+
+
+def _apart(marks: Sequence[Sequence[int]]) -> int | None:
+    """Lowest rank that opened another file than the first rank of its machine; None if none did."""
+    known: dict[int, Sequence[int]] = {}
+    for rank, (view, *opened) in enumerate(marks):
+        # A rank may need fewer of the files than another.
+        first = known.setdefault(view, opened) if opened[0] else opened
+        if any(mine not in (0, other) for mine, other in zip(first, opened, strict=True)):
+            return rank
+    return None

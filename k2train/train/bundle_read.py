@@ -13,7 +13,7 @@ from typing import Any
 from k2train.errors import RunError
 from k2train.retry import exists_retried, is_folder_retried, list_retried
 from k2train.safe_json import parse_json, read_json, read_plain_file
-from k2train.text import clean, table
+from k2train.text import clean, counted, table
 from k2train.train.spike_names import EVENT, SEQUENCES, SPIKES, STEPS, TENSORS, spike_folder
 
 SHOWN_SEQUENCES = 5
@@ -130,7 +130,7 @@ def _event_lines(bundle: Bundle) -> Iterator[str]:
     )
     if (closed := event.get("closed")) is not None:
         yield (
-            f"{closed['kind']} after {closed['steps']} steps: peak loss "
+            f"{closed['kind']} after {counted(closed['steps'], 'step')}: peak loss "
             f"{_number(closed.get('peak_loss'))}, at the end {_number(closed.get('recent_loss'))}"
         )
     yield f"checkpoint before: {event.get('checkpoint_before') or 'none'}"
@@ -155,7 +155,7 @@ def _sequence_lines(bundle: Bundle) -> Iterator[str]:
         if "distinct_ids" in row:
             signs = (
                 f", {row['distinct_ids']} distinct ids, id {row['commonest_id']} is "
-                f"{100 * row['commonest_share']:.0f} % of it"
+                f"{100 * row['commonest_share']:.0f}% of it"
             )
         yield f"  row {row['row']}: loss {_number(row['loss'])}{signs}"
         sources = [
@@ -188,11 +188,11 @@ def _tensor_lines(bundle: Bundle) -> Iterator[str]:
             [
                 str(row["tensor"]),
                 f"{norm:.3g}",
-                f"{100 * (norm / total) ** 2:.1f} %",
+                f"{100 * (norm / total) ** 2:.1f}%",
                 f"{_part(row, 'gradient', 'max'):.3g}",
                 f"{_part(row, 'update', 'norm') / max(weight, NOISY):.2e}",
                 f"{_part(row, 'gradient', 'max') ** 2 / max(second, NOISY):.3g}",
-                f"{100 * _part(row, 'gradient', 'zeros'):.1f} %",
+                f"{100 * _part(row, 'gradient', 'zeros'):.1f}%",
             ]
         )
     yield from (f"  {line}" for line in table(heads, cells, ("tensor",)))
@@ -200,7 +200,7 @@ def _tensor_lines(bundle: Bundle) -> Iterator[str]:
     layers = _layers(rows)
     if layers:
         top = sorted(layers, key=lambda layer: -layers[layer])[:3]
-        named = ", ".join(f"{layer} ({100 * layers[layer] / total**2:.0f} %)" for layer in top)
+        named = ", ".join(f"{layer} ({100 * layers[layer] / total**2:.0f}%)" for layer in top)
         yield f"layers with the largest part: {named}"
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from k2train import fault_injection
 from k2train.checkpoint.load import (
@@ -38,6 +39,7 @@ from k2train.run_lock.lock import RunLock
 from k2train.train.choose import Chosen, choose_next
 from k2train.train.engine import Engine
 from k2train.train.forward_check import forward_check_problem, run_forward_check
+from k2train.train.matmul_choice import product_facts
 from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.preflight import Start
 from k2train.train.run_logger import RunLogger
@@ -141,7 +143,10 @@ class CheckpointManager(SaveEvents):
         self.monitor.phase("save", step)
         if skip_verification:
             self.writer.skip_verification()
+        if self.writer.active:
+            self.logger.progress("writing the checkpoint")
         self.writer.wait()
+        self.logger.progress("")
 
     def load(self, path: Path) -> tuple[CheckpointManifest, bool]:
         """Load the checkpoint at `path` into the engine; collective.
@@ -150,7 +155,9 @@ class CheckpointManager(SaveEvents):
         Raises RefusedCheckpointError when it is not whole, CheckpointError when it belongs to
         another model, or the forward check fails.
         """
+        self.logger.progress(f"loading {path.name}", at_once=True)
         manifest, kept = self.read_state(path)
+        self.logger.progress("")
         self.on_load(path, manifest)
         fault_injection.point("start.loaded")
         return manifest, kept
@@ -221,8 +228,9 @@ class CheckpointManager(SaveEvents):
         asked = self.monitor.asked(name)
         # The save before may take long; what the ranks then do together (check, copy) may not.
         self.wait(state.step)
+        self.logger.progress(f"saving {name}")
         engine, self._began = self.engine, time.monotonic()
-        self.monitor.phase("evaluate", state.step)
+        self.monitor.phase("evaluate", state.step, spent_on="save")
 
         # Before the snapshot: damaged replicas must not be saved.
         probe = run_forward_check(engine)
@@ -245,6 +253,7 @@ class CheckpointManager(SaveEvents):
             self.timer.saved(SaveCost(now - self._began, self._took))
         # Restart the watchdog's clock when a save follows another one at once.
         self.monitor.saving(False)
+        self.logger.progress("")
 
     def facts(
         self,
@@ -257,7 +266,8 @@ class CheckpointManager(SaveEvents):
         config, start, order, data = self.config, self.start, self.start.order, self.start.manifest
         consumed = order.consumed_chunks(state.step)
         within = consumed < len(order.names)
-        head = self.logger.ledger_head
+        head, products = self.logger.ledger_head, product_facts(self.engine.kernels)
+        measured: dict[str, Any] = {} if products is None else {"products": products}
 
         return SaveFacts(
             # A number that is not finite has no JSON form of its own.
@@ -286,6 +296,7 @@ class CheckpointManager(SaveEvents):
             config=config.model_dump(mode="json"),
             identity=RunIdentity.model_validate(start.identity),
             probe=probe,
+            **measured,
             environment=environment_facts(),
             fencing_token=self.logger.fencing_token,
             ledger=None if head is None else LedgerFacts(events=head.events, sha256=head.sha256),

@@ -12,7 +12,7 @@ Alternatives considered:
 - The order of the stage before: it refuses branches for chunks that nobody has read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,11 +117,39 @@ def _folders_in_common(
     earlier = earlier_data(before)
     if earlier is None:
         return [], CHUNKS_ALONE
+    begun = {chunk.sha256 for chunk in before.chunks.begun()}
+    return _shared(earlier, begun, manifest, order)
+
+
+def planned_in_common(
+    earlier: Manifest, planned: ChunkOrder, manifest: Manifest, order: ChunkOrder
+) -> DataInCommon:
+    """As `data_in_common`, for a stage before that is still to read all chunks of `planned`.
+
+    Raises DataError when this stage's own record of sources or texts is damaged.
+    """
+    read_sources(manifest)
+    open_texts(manifest)
+
+    seen = {earlier.chunk(name).sha256: name for name in planned.names}
+    held_out = [manifest.held_out.name] if manifest.held_out else []
+    found = [
+        f"{name} is {seen[sha256]} of the stage before"
+        for name in dict.fromkeys((*order.names, *held_out))
+        if (sha256 := manifest.chunk(name).sha256) in seen
+    ]
+    inside, compared = _shared(earlier, set(seen), manifest, order)
+    return DataInCommon((*found, *inside), compared)
+
+
+def _shared(
+    earlier: Manifest, begun: Set[str], manifest: Manifest, order: ChunkOrder
+) -> tuple[list[str], str]:
+    """Compare two folders, of whose earlier one the chunks with hashes in `begun` count."""
     if manifest.is_named((earlier.sha256, earlier.content_sha256)):
         # Within one folder the chunks are what parts its documents.
         return [], "chunks of one folder"
 
-    begun = {chunk.sha256 for chunk in before.chunks.begun()}
     read = tuple(info for info in earlier.chunks if info.sha256 in begun)
     mine = tuple(manifest.chunk(name) for name in dict.fromkeys(order.names))
     compared = compare_data(

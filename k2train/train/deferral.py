@@ -27,6 +27,7 @@ from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError, RunError
 from k2train.guard.crash_loop import STARTS
 from k2train.record.events import ChunkDeferred, Entry, deferrals_of
+from k2train.text import counted
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,8 @@ def check_deferral(
         older = wish.from_checkpoint or start.name
         raise RunError(
             f"{name} (position {i} of the order) has begun at {older}, step {start.step}, where "
-            f"{begun} chunks have; only a later one can be deferred, or give up the steps since an "
-            f"older checkpoint: --from {i}"
+            f"{counted(begun, 'chunk')} ha{'s' if begun == 1 else 've'}; only a later one can be "
+            f"deferred, or give up the steps since an older checkpoint: --from {i}"
         )
 
     if i == last:
@@ -117,7 +118,7 @@ def _chunk(wanted: str, names: Sequence[str]) -> str:
     name = wanted if number is None else f"chunk_{number:03d}"
     if name not in names:
         raise RunError(
-            f"there is no {name} in the order of the run: it has {len(names)} chunks, "
+            f"there is no {name} in the order of the run: it has {counted(len(names), 'chunk')}, "
             f"{names[0]} to {names[-1]}"
         )
     return name

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 
 from k2train.checkpoint.manifest import (
@@ -298,8 +299,8 @@ class ResumeDrill:
 
     def _is_there(self, path: Path) -> bool:
         # A file system shared by machines may show a new name to some of them later.
-        there: list[bool] = self._agreement.all(exists_retried(path), FLAG, AGREE)
-        return all(there)
+        lacking = torch.tensor([int(not exists_retried(path))])
+        return not int(self._agreement.sum(lacking, AGREE))
 
     def _write(self, event: CheckpointFollowed) -> None:
         self.logger.event(event)

@@ -22,6 +22,8 @@ from k2train.data.loader import MicroBatch
 from k2train.launch.environment import cores_of_process
 from k2train.model.architecture import Architecture
 from k2train.model.initialize import attach_rotary, initialize
+from k2train.model.kernels.select import Kernels
+from k2train.model.kernels.threads import one_thread
 from k2train.model.transformer import Stage, activation_shape
 from k2train.optim.grad_norm import StepDecision, StepSums, decide_step
 from k2train.optim.update_norm import UpdateNorm
@@ -29,16 +31,18 @@ from k2train.parallel.collectives import all_reduce
 from k2train.parallel.comm_tracker import wait_scope
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.pipeline import Executor
-from k2train.plan.schedule import Program
+from k2train.plan.schedule import Action, Program
 from k2train.train.axes import axes_of, unconnected
 from k2train.train.engine_parts import (
     build_gradients,
     build_optimizer,
     build_stages,
+    check_batch,
+    documents_of,
     forward_only,
     square_sums,
 )
-from k2train.train.exact_mode import ExactMode, one_thread
+from k2train.train.exact_mode import ExactMode
 from k2train.train.fault_values import (
     inject_gradient_fault,
     inject_output_fault,
@@ -50,34 +54,45 @@ from k2train.train.setup_kernels import DTYPES, kernels_of
 from k2train.train.step_result import StepResult, result_of
 from k2train.train.strict_mode import prepare_strict_mode, strict_mode
 
+ActionHook = Callable[[Action], None]
 _OWN_LABELS = "with labels of their own the number of targets does not follow from the config"
 
 
 class Engine:
     """Model and optimizer of one rank, with initial weights drawn from `run.seed`."""
 
-    def __init__(self, setup: Setup, grid: ProcessGrid, fill: bool = True):
+    def __init__(
+        self,
+        setup: Setup,
+        grid: ProcessGrid,
+        fill: bool = True,
+        kernels: Kernels | None = None,
+    ):
         """Build stages, buffers and optimizer.
 
-        `fill=False` leaves all weights zero, for a checkpoint to overwrite.
+        `fill=False` leaves all weights zero, for a checkpoint to overwrite. `kernels` None: those
+        of the setup on the grid's device.
         """
         assert setup.layout == grid.layout, "the grid is of another layout"
         self.setup, self.config, self.grid = setup, setup.config, grid
         self.on_phase: Callable[[str], None] = lambda phase: None
         """Called when a step enters a phase: `forward`, `reduce` or `update`."""
+        self.watch_actions: tuple[ActionHook | None, ActionHook | None] = (None, None)
+        """Called after and before each action of a program, for a profile."""
         self.judge: StepJudge | None = None
         """Judges a step before its update; without one the host reads the decision behind it."""
         self.strict = prepare_strict_mode(
             grid.device, setup.config.kernels.deterministic, grid.layout.world_size
         )
-        self.architecture, self.kernels = setup.architecture, kernels_of(setup, grid.device)
+        self.architecture = setup.architecture
+        self.kernels = kernels or kernels_of(setup, grid.device)
         self.names = self.architecture.tensor_names()
         assert setup.config.precision != "auto", "the precision is decided before the engine"
         self.precision = setup.config.precision
         self.dtype = DTYPES[self.precision]
         self.unconnected = unconnected(setup, grid, self.kernels)
         """Why `parallel.symmetric_memory: auto` is off; "" where it is on, or was not asked."""
-        self.tp, self.dp = axes_of(setup, grid, connected=not self.unconnected)
+        self.tp, self.dp, self.pp = axes_of(setup, grid, connected=not self.unconnected)
 
         self.stages = build_stages(grid, self.architecture, self.tp, self.kernels, self.dtype)
         self._attach_rotary(self.stages, self.architecture)
@@ -97,7 +112,7 @@ class Engine:
         self.program = setup.programs[grid.coordinate.pp]
         self._forward_programs: dict[int, Program] = {}
         work = {stage: module.weight_grad_store for stage, module in self.stages.items()}
-        self.executor = Executor(self.stages, grid.layout.num_stages, grid.pp, grid.device, work)
+        self.executor = Executor(self.stages, grid.layout.num_stages, self.pp, grid.device, work)
         self.shape = activation_shape(
             self.architecture,
             setup.config.data.sequence_length,
@@ -125,7 +140,8 @@ class Engine:
         """Run one optimizer step over this rank's micro-batches; collective.
 
         `flags` are summed over all ranks in the step's exchange. `targets` is the number of labels
-        in the global batch, required where micro-batches have labels of their own. A loss or
+        in the global batch, if the micro-batches have some of their own and do not say how many
+        (`row_targets`). A loss or
         gradient that is not finite, or too large for fp32 moments, changes nothing on any rank.
         """
         with strict_mode(self.strict), one_thread(self.exact is not None):
@@ -187,14 +203,24 @@ class Engine:
         self.optimizer.step(step.gradient, lr, step.decision.divisor, step.decision.skip)
         return Judged(step, read(step.decision))
 
+    def compute_gradients(
+        self, batch: Sequence[MicroBatch], targets: int | None = None
+    ) -> StepPass:
+        """Compute what a step would be decided from, and update nothing; collective.
+
+        `targets` as in `train_step`. The gradient is this rank's shard, valid until the next step.
+        """
+        with strict_mode(self.strict), one_thread(self.exact is not None):
+            return self._gradient_pass(batch, (), targets)
+
     def evaluate(self, batch: Sequence[MicroBatch], targets: int | None = None) -> float:
         """Return the mean loss of one global batch (nats per target) without gradients; collective.
 
         `targets` as in `train_step`. Changes no state.
         """
-        assert targets is not None or all(part.labels is None for part in batch), _OWN_LABELS
+        count = self._count_targets(batch, targets)
         losses = self.row_losses(batch, self.setup.num_microbatches)
-        return math.fsum(losses.tolist()) / (targets or self.setup.targets)
+        return math.fsum(losses.tolist()) / count
 
     def row_losses(self, batch: Sequence[MicroBatch], num_microbatches: int) -> Tensor:
         """Return the summed loss of each row, fp64 [rows] in host memory, without gradients.
@@ -202,7 +228,7 @@ class Engine:
         Rows are those of all data-parallel ranks in their order, `num_microbatches` from each of
         them, which are at most those of a step. Equal on every rank; collective. Changes no state.
         """
-        self._check_batch(batch, num_microbatches)
+        check_batch(self.setup, batch, num_microbatches, self.needs_batch)
         last = self.stages.get(self.grid.layout.num_stages - 1)
 
         def loss(hidden: Tensor, microbatch: int) -> Tensor:
@@ -247,7 +273,7 @@ class Engine:
         """
 
         def stage(number: int, x: Tensor, microbatch: int) -> Tensor:
-            documents = batch[microbatch].documents if self.setup.block else None
+            documents = documents_of(batch[microbatch]) if self.setup.block else None
             if self.exact is not None:
                 return self.exact.run_stage(self.stages[number], x, documents)
             output: Tensor = self.stages[number](x, documents)
@@ -255,7 +281,13 @@ class Engine:
 
         with strict_mode(self.strict), one_thread(self.exact is not None):
             return self.executor.run(
-                program, lambda m: batch[m].tokens, loss, self.shape, self.dtype, stage
+                program,
+                lambda m: batch[m].tokens,
+                loss,
+                self.shape,
+                self.dtype,
+                stage,
+                *self.watch_actions,
             )
 
     def _run(self, program: Program, batch: Sequence[MicroBatch], targets: int | None) -> Tensor:
@@ -263,10 +295,9 @@ class Engine:
 
         With `run.exact` that of each unit.
         """
-        self._check_batch(batch, self.setup.num_microbatches)
-        assert targets is not None or all(part.labels is None for part in batch), _OWN_LABELS
+        check_batch(self.setup, batch, self.setup.num_microbatches, self.needs_batch)
         last = self.stages.get(self.grid.layout.num_stages - 1)
-        scale = 1.0 / (targets or self.setup.targets)
+        scale = 1.0 / self._count_targets(batch, targets)
 
         def scaled_loss(hidden: Tensor, microbatch: int) -> Tensor:
             assert last is not None, "only the last stage has a loss"
@@ -286,14 +317,13 @@ class Engine:
         # rank must stop the step too.
         return torch.stack(losses).sum() * float(self.grid.tp.rank == 0)
 
-    def _check_batch(self, batch: Sequence[MicroBatch], num_microbatches: int) -> None:
-        assert len(batch) == num_microbatches or not self.needs_batch, (
-            f"{len(batch)} micro-batches, planned {num_microbatches}"
-        )
-        assert all((part.documents is not None) == self.setup.block for part in batch), (
-            f"documents are {'missing' if self.setup.block else 'given'}, but "
-            f"data.cross_documents is {self.config.data.cross_documents}"
-        )
+    def _count_targets(self, batch: Sequence[MicroBatch], given: int | None) -> int:
+        """Labels of the whole global batch: as given, as the batch says, or all there can be."""
+        told = batch[0].row_targets if batch else None
+        if given is not None or told is not None:
+            return sum(told or ()) if given is None else given
+        assert all(part.labels is None for part in batch), _OWN_LABELS
+        return self.setup.targets
 
     def _decide(self, sums: Tensor, loss: Tensor, flags: Sequence[float]) -> StepDecision:
         if self.exact is not None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from k2train.data.loader import MicroBatch
 from k2train.model.architecture import Architecture
 from k2train.model.initialize import materialize
-from k2train.model.kernels.select import Kernels
+from k2train.model.kernels.select import Documents, Kernels
 from k2train.model.transformer import Stage
 from k2train.optim.adamw import Hyperparameters, ShardedAdamW
 from k2train.optim.exact_norm import ExactSquareSums
@@ -43,6 +44,25 @@ def build_stages(
         return module
 
     return {stage: build(stage) for stage in layout.stages_of(grid.pp.rank)}
+
+
+def documents_of(batch: MicroBatch) -> Documents:
+    """Return the documents of a micro-batch, where attention stops at their borders."""
+    assert batch.documents is not None, "the micro-batch was read without its documents"
+    return Documents(batch.documents, batch.host_documents)
+
+
+def check_batch(
+    setup: Setup, batch: Sequence[MicroBatch], num_microbatches: int, needed: bool
+) -> None:
+    """Assert that a batch has so many micro-batches, if this rank reads it, and documents."""
+    assert len(batch) == num_microbatches or not needed, (
+        f"{len(batch)} micro-batches, planned {num_microbatches}"
+    )
+    assert all((part.documents is not None) == setup.block for part in batch), (
+        f"documents are {'missing' if setup.block else 'given'}, but "
+        f"data.cross_documents is {setup.config.data.cross_documents}"
+    )
 
 
 def build_gradients(

@@ -46,7 +46,8 @@ class Evaluation:
         except _EvaluationStopped:
             return None
         else:
-            self._run.logger.scores(step, scores)
+            seconds = time.monotonic() - self._began
+            self._run.logger.scores(step, scores, seconds)
             return scores
         finally:
             self._run.logger.progress("")

@@ -10,34 +10,19 @@ Alternatives considered:
   each core is as fast.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from k2train.model.kernels.select import Documents
 from k2train.optim.exact_norm import decide_exact_step
 from k2train.optim.grad_norm import StepDecision
 from k2train.parallel.exact_buffer import ExactGradientBuffer, Leaves
 from k2train.parallel.exact_units import losses_in_units, run_in_units
 from k2train.parallel.grid import Axis, ProcessGrid
 from k2train.train.setup import Setup
-
-
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Compute with one thread inside this context, if `wanted`; else as the process does."""
-    before = torch.get_num_threads()
-    if not wanted or before == 1:
-        yield
-        return
-
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class ExactMode:
@@ -61,11 +46,14 @@ class ExactMode:
         return ExactGradientBuffer(modules, dp, tp, device, self.leaves, limit)
 
     def run_stage(
-        self, call: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, documents: Tensor | None
+        self,
+        call: Callable[[Tensor, Documents | None], Tensor],
+        x: Tensor,
+        documents: Documents | None,
     ) -> Tensor:
         """Apply a stage to the units of a micro-batch, each with its documents."""
-        parts: Sequence[Tensor | None]
-        parts = [None] * self.units if documents is None else self._cut(documents)
+        parts: Sequence[Documents | None]
+        parts = [None] * self.units if documents is None else documents.cut(self.units)
         return run_in_units(x, [_with(call, part) for part in parts])
 
     def loss(

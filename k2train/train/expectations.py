@@ -38,8 +38,8 @@ MEDIAN_STEPS = 20
 class ExpectingRunLogger(RankZeroRunLogger):
     """Logger that compares what it records with what was expected."""
 
-    def __init__(self, start: Start, stop: StopRequest | None = None):
-        super().__init__(start, stop)
+    def __init__(self, start: Start, stop: StopRequest | None = None, device: str = ""):
+        super().__init__(start, stop, device)
         self._total_steps = start.order.total_steps
         self._scores = _own_scores(self.held_out.path, self.ledger.entries)
         """Step -> held-out loss of the run's own data."""
@@ -58,8 +58,8 @@ class ExpectingRunLogger(RankZeroRunLogger):
         self._scores = {at: loss for at, loss in self._scores.items() if at < record.step}
         self._judge(record.step)
 
-    def scores(self, step: int, scores: Sequence[HeldOutFacts]) -> None:
-        super().scores(step, scores)
+    def scores(self, step: int, scores: Sequence[HeldOutFacts], seconds: float) -> None:
+        super().scores(step, scores, seconds)
         for score in scores:
             if score.name == OWN:
                 self._scores[step] = score.loss

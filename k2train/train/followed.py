@@ -23,7 +23,7 @@ from k2train.train.rounding import Rounding
 
 STEPS = 2
 """Steps after each checkpoint that are recorded."""
-PERMITTED = ("precision", "fp8", "cross_documents")
+PERMITTED = ("precision", "fp8", "cross_documents", "loss_mask")
 """Facts of a setting that `run.allow` may change, and that change the first step by more than
 rounding."""
 WHY_SECOND = (

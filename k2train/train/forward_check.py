@@ -60,7 +60,14 @@ def run_forward_check(engine: Engine) -> ForwardAnswer:
     engine.optimizer.finish()
     logits = _run(engine)
     mine = None if logits is None else _answer(logits, engine)
-    gathered = Agreement(engine.grid).all(mine, _ANSWER, "all-gather of the probe's answers")
+    agreement = Agreement(engine.grid)
+    first = agreement.lowest(mine, _ANSWER, "the probe's answer")
+    assert first is not None and first[1] is not None, "some ranks hold the last stage"
+    apart = torch.tensor([int(mine is not None and mine.sha256 != first[1].sha256)])
+    if not int(agreement.sum(apart, "the probe's answer")):
+        return first[1].model_copy(update={"apart": ""})
+
+    gathered = agreement.all(mine, _ANSWER, "all-gather of the probe's answers")
     answers = {rank: answer for rank, answer in enumerate(gathered) if answer is not None}
     return answers[min(answers)].model_copy(update={"apart": _apart(answers)})
 
@@ -194,12 +201,13 @@ def signature_of(engine: Engine) -> SignatureFacts:
         precision=engine.precision,
         kernels=str(engine.kernels),
         torch=str(torch.__version__),
-        device=_device_name(grid),
+        device=device_name(grid),
         threads=torch.get_num_threads(),
     )
 
 
-def _device_name(grid: ProcessGrid) -> str:
+def device_name(grid: ProcessGrid) -> str:
+    """Return what decides over the bits of a device: its model, and a CPU's instructions."""
     if grid.device.type == "cuda":
         return torch.cuda.get_device_name(grid.device)
     return (

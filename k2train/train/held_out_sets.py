@@ -12,15 +12,25 @@ Alternatives considered:
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from k2train.checkpoint.run_facts import HeldOutFacts, SubsetLoss
 from k2train.config.load import Config
+from k2train.data.added_specials import added_specials
 from k2train.data.chunk import check_files
 from k2train.data.held_out import OWN, HeldOutSet
 from k2train.data.inspect.provenance import subset_of_rows
+from k2train.data.loss_mask import masked_as_asked
 from k2train.data.manifest import Manifest, read_manifest, require_borders
 from k2train.data.source_record import compare_data
 from k2train.errors import DataError, UnavailableError, UserError
+
+
+class RowLoss(NamedTuple):
+    """Summed loss of a scored row, and the targets that it is the sum of."""
+
+    nats: float
+    targets: int
 
 
 def held_out_limit(config: Config) -> int | None:
@@ -56,7 +66,8 @@ def _named_set(
     except DataError as error:
         raise DataError(f"{key}: {str(error).removeprefix('data.manifest: ')}") from None
 
-    if other.tokenizer_sha256 != manifest.tokenizer_sha256:
+    # Fine-tuning may score data of its base, whose tokenizer has fewer special tokens.
+    if added_specials(manifest, other.tokenizer_sha256) is None:
         raise DataError(
             f"{key}: {other.path} was made with tokenizer {other.tokenizer_sha256[:12]}, the "
             f"training data with {manifest.tokenizer_sha256[:12]}; prepare it with the same one"
@@ -73,6 +84,9 @@ def _named_set(
             f"is {config.model.vocab_size}: raise it"
         )
 
+    # One without masks is scored whole: what a model keeps of what it was trained on before.
+    if other.has_masks:
+        other = masked_as_asked(other, config.data.loss_mask, f"{key}: ")
     found = HeldOutSet.of(name, other, limit)
     names = [info.name for info, _ in found.scored()]
     if config.data.cross_documents == "block":
@@ -118,34 +132,34 @@ def row_subsets(
 
 
 def held_out_facts(
-    held_out: HeldOutSet, losses: Sequence[float], subsets: Sequence[str]
+    held_out: HeldOutSet, losses: Sequence[RowLoss], subsets: Sequence[str]
 ) -> HeldOutFacts:
-    """Return the score of a set: `losses` are the summed losses of its rows, in nats.
+    """Return the score of a set: `losses` are those of its rows.
 
     `subsets` are those of the rows; empty if not known.
     """
     assert len(losses) == held_out.rows, f"{len(losses)} rows, {held_out.rows} are scored"
-    targets = held_out.manifest.sequence_length - 1
 
-    by_subset: dict[str, list[float]] = {}
+    by_subset: dict[str, list[RowLoss]] = {}
     for name, loss in zip(subsets, losses, strict=False):
         by_subset.setdefault(name, []).append(loss)
 
     return HeldOutFacts(
         name=held_out.name,
-        loss=_mean(losses, targets),
+        loss=_mean(losses),
         rows=held_out.rows,
         rows_left_out=held_out.total_rows - held_out.rows,
-        targets=held_out.targets,
+        targets=sum(loss.targets for loss in losses),
         subsets=tuple(
-            SubsetLoss(name=name, loss=_mean(part, targets), rows=len(part))
+            SubsetLoss(name=name, loss=_mean(part), rows=len(part))
             for name, part in sorted(by_subset.items())
         ),
     )
 
 
-def _mean(losses: Sequence[float], targets: int) -> float:
-    """Mean loss of a target, in nats; `targets` are those of one row."""
+def _mean(losses: Sequence[RowLoss]) -> float:
+    """Mean loss of a target, in nats."""
+    sums = [loss.nats for loss in losses]
     # `fsum` is exact, and refuses to add what is not finite.
-    total = math.fsum(losses) if all(map(math.isfinite, losses)) else sum(losses)
-    return total / (len(losses) * targets)
+    total = math.fsum(sums) if all(map(math.isfinite, sums)) else sum(sums)
+    return total / sum(loss.targets for loss in losses)

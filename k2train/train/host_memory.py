@@ -64,7 +64,13 @@ def startup_objects_frozen() -> Iterator[None]:
 
     A full collection stops all threads while it looks at every object: 0.1 s for what imports and
     building leave, in the middle of a step, and a save sets it off.
+
+    Objects that a program froze before it forked its runs stay so, and none is added.
     """
+    if gc.get_freeze_count():
+        yield
+        return
+
     gc.collect()
     gc.freeze()
     try:

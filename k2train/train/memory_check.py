@@ -13,6 +13,7 @@ Alternatives considered:
 from collections.abc import Sequence
 from dataclasses import replace
 
+from k2train.commands import program_text
 from k2train.errors import RunError, UnavailableError
 from k2train.plan.memory import RankMemory
 from k2train.text import bytes_text
@@ -81,5 +82,5 @@ def _problem(largest: RankMemory, needed_bytes: int, limit: FreeMemory, processe
         f"gradients and moments, {bytes_text(largest.total_bytes - state)} the work: for the first "
         "take more machines (parallel.tensor, parallel.pipeline) or a smaller model, for the "
         "second lower batch.micro_sequences or set kernels.recompute=full; "
-        f"tools/plan.py shows both; run.allow=[{ALLOWED}] goes on"
+        f"{program_text('plan')} shows both; run.allow=[{ALLOWED}] goes on"
     )

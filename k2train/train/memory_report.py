@@ -11,7 +11,7 @@ Alternatives considered:
 from dataclasses import replace
 
 from k2train.plan.activations import RECOMPUTE, ActivationSpec, layer_bytes
-from k2train.text import bytes_text
+from k2train.text import bytes_text, counted
 from k2train.train.setup import Setup
 
 
@@ -25,7 +25,7 @@ def activations_text(spec: ActivationSpec) -> str:
 
     size = bytes_text(layer_bytes(spec, spec.recompute))
     count = spec.recompute_layers
-    where = "" if count is None else f" in {count} layers of a stage"
+    where = "" if count is None else f" in {counted(count, 'layer')} of a stage"
     return f"{size} (recompute {spec.recompute}{where}; {', '.join(others)})"
 
 
@@ -64,6 +64,9 @@ def memory_table(setup: Setup) -> list[str]:
             + " ".join(f"{bytes_text(size):>12}" for size in sizes)
         )
 
+    lines.append(
+        "  total: persistent, and the larger of activations with working and what is in transfer"
+    )
     lines.append("  activations / total of one rank, by pipeline rank and recompute policy")
     lines.append("  pp  " + "".join(f"{policy:>25}" for policy in RECOMPUTE))
 

@@ -2,7 +2,8 @@
 
 - The trainer reports its phase and step timings. This module decides which check runs and which
   message is logged, so the training loop does not know which checks are enabled.
-- What all ranks must decide alike (replicas that differ, a straggler) comes from exchanged numbers.
+- What all ranks must decide alike (replicas that differ) comes from exchanged numbers. Who is slow
+  only rank 0 works out, from the same exchange.
 - What only the host knows (a file in the run directory) is read by rank 0 and shared in the step's
   exchange.
 """
@@ -23,11 +24,12 @@ from k2train.parallel.agreement import Agreement
 from k2train.parallel.device_digest import RootAllReduce, StateAudit, StateDigest, StateRoot
 from k2train.parallel.flight_recorder import flight_recording
 from k2train.parallel.grid import ProcessGrid
-from k2train.parallel.messages import TEXTS
+from k2train.parallel.messages import TEXT
 from k2train.parallel.own_time import OwnTime, marks_of
 from k2train.parallel.replica_check import ReplicaCheck
 from k2train.plan.balance import rank_flops
 from k2train.record.system_info import in_batch_job, job_facts
+from k2train.train.energy_meter import EnergyMeter, counter_of
 from k2train.train.engine import Engine
 from k2train.train.setup import Setup
 from k2train.train.step_flags import FAILED, SAVE, SAVE_ASKED, SECONDS, STOP, Agreed
@@ -87,9 +89,12 @@ class RunMonitor:
         )
         self.watchdog.recording = flight_recording
 
+        self.energy = EnergyMeter(counter_of(grid.device), directory / "energy", grid.rank)
         self.stop = stop
         self.control_files = ControlFiles(directory)
-        self.stragglers = Stragglers(grid.layout, _relative_work(setup))
+        # What it finds is written down, by rank 0.
+        first = grid.rank == 0
+        self.stragglers = Stragglers(grid.layout, _relative_work(setup)) if first else None
 
         self.step = 0
         self.previous_end: PreviousEnd | None = None
@@ -109,6 +114,7 @@ class RunMonitor:
         `attempt` is the number of this start, once it is known.
         """
         self.watchdog.attempt = attempt
+        self.energy.begin(attempt)
         if self._begun:
             return
         self._begun = True
@@ -136,9 +142,13 @@ class RunMonitor:
         """Forget the engine, whose memory another one needs."""
         del self.engine, self._replicas, self._root, self._guard
 
-    def phase(self, name: str, step: int) -> None:
-        """Enter a phase; the watchdog times it."""
+    def phase(self, name: str, step: int, spent_on: str = "") -> None:
+        """Enter a phase; the watchdog times it.
+
+        `spent_on` names the phase that its energy is booked on, if that is another one.
+        """
         self.step = step
+        self.energy.phase(spent_on or name, step)
         self.stop.finishing = FINISHING.get(name, FINISHING_STEP)
         self.watchdog.phase(name, step)
 
@@ -177,7 +187,7 @@ class RunMonitor:
             flags[SAVE] >= SAVE_ASKED,
             flags[SAVE] > 0,
             flags[FAILED] > 0,
-            self.stragglers.observe(self.step, own) if any(own) else None,
+            self.stragglers.observe(self.step, own) if self.stragglers and any(own) else None,
         )
 
     def share_late_stop(self, shared: list[float], first: int) -> None:
@@ -204,8 +214,9 @@ class RunMonitor:
 
         Rank 0 confirms one that it did not get itself.
         """
-        told = Agreement(self.grid).all([self.stop.requested or ""], TEXTS, "agree on a stop")
-        rank, name = next((rank, name) for rank, (name,) in enumerate(told) if name)
+        told = Agreement(self.grid).lowest(self.stop.requested, TEXT, "agree on a stop")
+        assert told is not None, "a rank was asked"
+        rank, name = told
         if rank > 0:
             name = on_rank(name, rank)
             if self.grid.rank == 0:
@@ -294,6 +305,12 @@ class RunMonitor:
         Returns "" where another rank reports it.
         """
         return self.watchdog.connection_lost(error)
+
+    def reported(self) -> str:
+        """Return how another rank reported the end of this start; "" if none did."""
+        report = read_report(self.watchdog.directory) or {}
+        of_this_start = report.get("attempt") == self.watchdog.attempt
+        return str(report.get("line", "")) if of_this_start else ""
 
     def close(self, problem: str = "", stopped: str = "", code: int = 0) -> None:
         """Stop the watchdog; see there."""

@@ -2,8 +2,8 @@
 
 - All ranks decide alike, from what every rank's device can do.
 - The decision is what the run's config says from then on: in `config.yaml`, in the ledger and in
-  every checkpoint. A resume keeps it (`preflight.with_recorded_precision`), also on a machine that
-  would have decided otherwise.
+  every checkpoint. A resume keeps it (`recorded_choices.with_recorded_precision`), also on a
+  machine that would have decided otherwise.
 
 Alternatives considered:
 - Deciding at every start: a run would change its numbers with the machine it continues on.
@@ -16,7 +16,8 @@ import torch
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.train.machine import cpu_has_bf16
-from k2train.train.preflight import Start, with_precision
+from k2train.train.preflight import Start
+from k2train.train.recorded_choices import with_precision
 
 BF16_CAPABILITY = (8, 0)
 """First compute capability of NVIDIA's GPUs with bf16 in their tensor cores (Ampere)."""

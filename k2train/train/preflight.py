@@ -12,34 +12,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from k2train.checkpoint.disk_space import CheckpointBytes, check_plan
-from k2train.checkpoint.manifest import (
-    checkpoint_name,
-    checkpoint_order,
-    is_thinned,
-    list_checkpoints,
-    read_manifest,
-)
-from k2train.checkpoint.retention import ON_DEMAND_AT_ONCE, is_kept, is_on_demand
+from k2train.checkpoint.manifest import read_manifest
 from k2train.config.load import Config
+from k2train.config.profile_rules import check_profile_steps
 from k2train.data.chunk import check_files, verify_chunk
 from k2train.data.held_out import HeldOutSet
+from k2train.data.loss_mask import masked_as_asked
 from k2train.data.manifest import Manifest, require_borders
 from k2train.data.manifest import read_manifest as read_data_manifest
 from k2train.data.order import ChunkOrder, apply_events, make_order
-from k2train.errors import CheckpointError, DataError, RunError
+from k2train.errors import DataError
 from k2train.guard.crash_loop import check_progress
 from k2train.hf.folder import HuggingFaceFolder
 from k2train.hf.import_folder import NAME, notes_of, unwritten_manifest
 from k2train.optim.lr_schedule import check_schedule
-from k2train.plan.cost import parameters, tensor_count
 from k2train.plan.layout import Layout
 from k2train.record.events import Entry, StageTransition, of_kind
 from k2train.record.ledger import read_chain
 from k2train.record.rollback_events import RolledBack
-from k2train.retry import exists_retried, is_folder_retried, list_retried, retried
+from k2train.retry import exists_retried, retried
+from k2train.train.checkpoints_ahead import CheckpointsAhead
 from k2train.train.held_out_sets import held_out_limit, held_out_sets
 from k2train.train.ledger_check import check_checkpoints_are_there, check_ledger_heads
+from k2train.train.recorded_choices import (
+    run_directory,
+    with_recorded_pipeline,
+    with_recorded_precision,
+)
 from k2train.train.resume_check import check_same_run, files_read, identity_of
 from k2train.train.setup import Setup
 from k2train.train.spike_history import check_decided, moves_of
@@ -123,18 +122,21 @@ class Start:
         return ResumeCheck(self.identity, self.order, self.setup.step_tokens)
 
 
-def run_directory(config: Config) -> Path:
-    """Return the run directory of a config."""
-    return Path(config.run.directory) / config.run.name
+def _since_first_stage(config: Config) -> str:
+    """What to add to advice on the vocabulary: a stage keeps the rows of its parent."""
+    if config.run.init_from is None:
+        return ""
+    return f" from the first stage on; a later one keeps the rows of {config.run.init_from}"
 
 
 def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
     """Read the manifest, fix the chunk order, and check the size and header of every file.
 
-    With blocked attention document boundaries must exist too.
+    With blocked attention document boundaries must exist too, with `data.loss_mask` loss masks.
     Raises DataError when the data do not fit the run, ConfigError when order or schedule do not.
     """
     manifest = read_data_manifest(config.data.manifest)
+    manifest = masked_as_asked(manifest, config.data.loss_mask)
     order = make_order(
         manifest, config.data.order, config.batch.global_sequences, config.data.sequence_length
     )
@@ -142,7 +144,7 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
     if manifest.vocab_size > config.model.vocab_size:
         raise DataError(
             f"model.vocab_size ({config.model.vocab_size}) must be at least that of the data "
-            f"({manifest.vocab_size}, {manifest.path}): raise it"
+            f"({manifest.vocab_size}, {manifest.path}): raise it{_since_first_stage(config)}"
         )
 
     # The held-out chunk too, unless no row of it is scored.
@@ -153,6 +155,8 @@ def check_data(config: Config) -> tuple[Manifest, ChunkOrder]:
     # Sizes and headers only; hashing takes longer and is done by `verify_data`.
     check_files(manifest, names)
     check_schedule(config.lr.kind, config.lr.warmup_steps, order.total_steps, config.lr.decay_steps)
+    check_profile_steps(config.profile.steps, order.total_steps)
+    check_profile_steps(config.profile.actions, order.total_steps, "profile.actions")
     return manifest, order
 
 
@@ -180,29 +184,6 @@ def verify_data(
         verify_chunk(data, info)
 
 
-def with_precision(config: Config, precision: str) -> Config:
-    """Return the config with what `precision: auto` stands for."""
-    return config.model_copy(update={"precision": precision})
-
-
-def with_recorded_precision(config: Config) -> tuple[Config, str]:
-    """Return the config with the precision that its run has, if `auto` asks for that, and why.
-
-    A run without a checkpoint has none yet: the devices decide, see `train.precision`.
-    """
-    if config.precision != "auto":
-        return config, ""
-    for path in reversed(list_checkpoints(run_directory(config) / "checkpoints")):
-        try:
-            identity = read_manifest(path).identity
-        except CheckpointError:
-            # Refused, with its reason, when a checkpoint is chosen.
-            continue
-        if identity is not None:
-            return with_precision(config, identity.precision), f"as in {path.name}"
-    return config, ""
-
-
 def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     """Decide how the run begins.
 
@@ -210,7 +191,10 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
     device.
     """
     config, precision_reason = with_recorded_precision(config)
+    config, pipeline_reason = with_recorded_pipeline(config, world_size)
     setup = Setup.of(config, world_size)
+    setup = replace(setup, pipeline_reason=pipeline_reason or setup.pipeline_reason)
+    config = setup.config
     manifest, order = check_data(config)
 
     directory = run_directory(config)
@@ -251,75 +235,15 @@ def prepare_start(config: Config, world_size: int, verify: bool) -> Start:
         )
         step = read_manifest(wanted[0]).step
 
-    _check_names(config, start, step)
+    taken = start.candidates[0] if start.candidates else None
+    ahead = CheckpointsAhead(setup, start.checkpoints, len(order.names), taken, step)
+    ahead.check_names()
     # What cannot fit on the disk is refused before anything is written.
     if "space" not in config.run.allow:
-        start = replace(start, room_inside_chunks=_check_disk_space(config, start, step))
+        start = replace(start, room_inside_chunks=ahead.check_space())
     if verify:
         verify_data(manifest, order, step, start.held_out)
     return start
-
-
-def _check_disk_space(config: Config, start: Start, step: int) -> bool:
-    """Raise RunError when the disk cannot hold the checkpoints that follow `step`.
-
-    Returns whether there is space for those inside chunks, where `auto` may do without them.
-    """
-    layout, checkpoints = start.layout, start.checkpoints
-    shape = start.setup.architecture
-    ends = _numbers_due(config, start)
-    found = list_checkpoints(checkpoints)
-    # What follows the one that is taken is set aside, and gives nothing back.
-    found = found[: found.index(start.candidates[0]) + 1] if start.candidates else found
-    numbered = [path for path in found if not is_on_demand(path)]
-    complete = sum(not is_thinned(path) for path in numbered)
-
-    one = CheckpointBytes(
-        parameters(shape),
-        weight_bytes=2 if config.precision == "bf16" else 4,
-        tensors=tensor_count(shape),
-        parts=layout.tensor * layout.data,
-    )
-    remaining = len(ends) + (step == 0 and not numbered)
-    keep, every_seconds = config.checkpoint.keep_optimizer_states, config.checkpoint.every_seconds
-    # Those that exist take no more space, and are replaced, unless somebody asked for them.
-    replaced = sum(is_on_demand(path) and not is_kept(path) for path in found)
-    inside = max(0, ON_DEMAND_AT_ONCE - replaced)
-    if every_seconds == "auto":
-        check_plan(checkpoints, one, remaining, keep, complete)
-    try:
-        inside = 0 if every_seconds == 0 else inside
-        check_plan(checkpoints, one, remaining, keep, complete, inside)
-    except RunError:
-        if every_seconds != "auto":
-            raise
-        return False
-    return True
-
-
-def _numbers_due(config: Config, start: Start) -> list[int]:
-    """Numbers of the checkpoints at chunks' ends that follow the one that is taken."""
-    every, last = config.checkpoint.every_chunks, len(start.order.names)
-    # By its name: the end of a chunk that is not scored yet gets its number then.
-    taken = checkpoint_order(start.candidates[0].name)[0] if start.candidates else 0
-    following = range(taken + 1, last + 1)
-    return [n for n in following if n % every == 0 or n == last]
-
-
-def _check_names(config: Config, start: Start, step: int) -> None:
-    """Raise RunError when something that is no checkpoint has the name of a later one.
-
-    The run would train the whole chunk before it, and fail to save it, at every start.
-    """
-    numbers = [*([0] if step == 0 else []), *_numbers_due(config, start)]
-    if not is_folder_retried(start.checkpoints):
-        return
-    there = {path.name: path for path in list_retried(start.checkpoints)}
-    for name in map(checkpoint_name, numbers):
-        if name in there and not is_folder_retried(there[name]):
-            raise RunError(
-                f"{there[name]} is no checkpoint, but {name} is to be saved there; move it away"
-            )
 
 
 def _fresh_start(config: Config, base: Start, refused: list[str]) -> Start:

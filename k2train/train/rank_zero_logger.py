@@ -1,4 +1,4 @@
-"""Run logging on rank 0: ledger, metrics, console and W&B.
+"""Run logging on rank 0: ledger, metrics, console and mirrors (W&B, TensorBoard).
 
 - A signal does not interrupt a write: what is on disk and what is known of it stay equal.
 - Lines that the disk does not take are kept in memory and retried; `problem` reports it to the
@@ -6,7 +6,6 @@
 """
 
 import hashlib
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from threading import RLock
 from uuid import uuid4
 
 from k2train.checkpoint.manifest import (
-    MANIFEST,
     CheckpointManifest,
     checkpoint_order,
     manifest_sha256,
@@ -25,15 +23,15 @@ from k2train.checkpoint.manifest import (
 )
 from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.checkpoint.writer import SaveError
+from k2train.commands import program_text
 from k2train.config.load import to_yaml
 from k2train.data.held_out import OWN
 from k2train.errors import CheckpointError
-from k2train.files import sha256_file, write_synced
+from k2train.files import write_synced
 from k2train.guard.crash_loop import STARTS
 from k2train.guard.failure_history import read_history
 from k2train.guard.stop_signals import StopRequest
 from k2train.parallel.device_digest import StateRoot
-from k2train.record.console import Console
 from k2train.record.event import Event
 from k2train.record.events import (
     CheckpointDamaged,
@@ -50,8 +48,7 @@ from k2train.record.events import (
 )
 from k2train.record.held_out import (
     HeldOutRecord,
-    SetScore,
-    SubsetScore,
+    ScoresRecord,
     loss_text,
     score_lines,
 )
@@ -65,10 +62,13 @@ from k2train.record.metrics import (
     last_attempt,
     last_step,
 )
-from k2train.record.wandb import WandbMirror, WandbRun, wandb_run_id
+from k2train.record.score_files import complete_scores
 from k2train.retry import exists_retried, reason
 from k2train.state_digest import short_digests
 from k2train.text import bytes_text
+from k2train.train.checkpoint_events import checkpoint_saved, score_of
+from k2train.train.mirrors import Mirrors, open_mirrors, site_of
+from k2train.train.open_console import open_console, stage_facts
 from k2train.train.preflight import Start
 from k2train.train.run_logger import RunLogger
 from k2train.train.spike_history import spike_number, was_seen_before
@@ -79,8 +79,11 @@ ENDS = (Failed, Stopped, Finished)
 class RankZeroRunLogger(RunLogger):
     """Logger that writes into the run directory."""
 
-    def __init__(self, start: Start, stop: StopRequest | None = None):
-        """Open the record of `start`. `stop` holds its signals back during writes."""
+    def __init__(self, start: Start, stop: StopRequest | None = None, device: str = ""):
+        """Open the record of `start`, which computes on `device` ("": a CPU).
+
+        `stop` holds its signals back during writes.
+        """
         config, directory = start.setup.config, start.directory
         self.ledger = Ledger(directory / "ledger.jsonl")
         self.metrics = MetricsWriter(directory / "metrics.jsonl")
@@ -90,18 +93,13 @@ class RankZeroRunLogger(RunLogger):
 
         self.attempt = max([last_attempt(directory / "metrics.jsonl"), *attempts]) + 1
         self.history = read_history(self.ledger.entries, self.metrics.path, self.attempt)
-        order = start.order
-        # Last step of every chunk.
-        ends = [order.first_step(i) + order.steps_in(i) - 1 for i in range(len(order.names))]
-        self.console = Console(
-            sys.stderr, config.run.name, order.total_steps, len(order.names), ends
-        )
+        self.console = open_console(start, device)
 
         self._from_threads: deque[str] = deque()
         self._writing = RLock()
         self._stop = StopRequest() if stop is None else stop
-        self._unwritten: dict[Path, deque[Callable[[], object]]] = {}
-        """File -> writes that the disk has not taken yet, in order."""
+        self._unwritten: dict[Path, deque[tuple[Path, Callable[[], object]]]] = {}
+        """Name of a queue -> files and their writes that the disk has not taken yet, in order."""
         self._write_error = ""
         self._failing_since: float | None = None
         self._retry_seconds = config.checkpoint.retry_seconds
@@ -116,19 +114,13 @@ class RankZeroRunLogger(RunLogger):
         started = self.ledger.last(Started)
         self.run_id = started.run_id if started else uuid4().hex
 
-        self.wandb = WandbMirror(
-            WandbRun(
-                config.wandb.mode,
-                config.wandb.project,
-                config.run.name,
-                wandb_run_id(self.run_id),
-                config.model_dump(mode="json"),
-            ),
-            directory,
-            log=self._from_threads.append,
-        )
+        flops, log = stage_facts(start).rank_flops_per_token, self._from_threads.append
+        made = open_mirrors(config, directory, self.run_id, self.attempt, flops, log)
+        self.mirrors = Mirrors(made, self.metrics.path, site_of(config))
+        self.mirrors.history(self.ledger.entries)
 
         self._report_damage(start)
+        self._complete_scores()
 
     def _report_damage(self, start: Start) -> None:
         """Say what a killed writer left behind, and which rows are damaged or lost."""
@@ -143,9 +135,19 @@ class RankZeroRunLogger(RunLogger):
         if (last := last_step(self.metrics.path)) < known:
             self.info(
                 f"{self.metrics.path} ends with step {last}, {start.candidates[0].name} is of step "
-                f"{known}: lines are lost; restore the file if you can (tools/verify_run.py says "
-                "what is missing)"
+                f"{known}: lines are lost; restore the file if you can "
+                f"({program_text('verify_run')} says what is missing)"
             )
+
+    def _complete_scores(self) -> None:
+        """Write the scores that a killed writer had written to the metrics alone."""
+        try:
+            added = complete_scores(self.metrics.path, self.held_out)
+        except OSError as error:
+            # It decides over no start, and the next one does it.
+            added = f"{self.held_out.path} is not complete: {reason(error, self.held_out.path)}"
+        if added:
+            self.info(added)
 
     @property
     def ledger_head(self) -> LedgerHead | None:
@@ -157,18 +159,30 @@ class RankZeroRunLogger(RunLogger):
 
     def event(self, event: Event) -> None:
         self._put(self.ledger.path, lambda: self.ledger.append(event))
+        self.mirrors.event(event)
 
     def step(self, record: StepRecord) -> None:
         self._put(self.metrics.path, lambda: self.metrics.write(record))
-        self.wandb.log(record)
+        self.mirrors.step(record)
         self.flush_messages()
         self.console.step(record)
 
-    def scores(self, step: int, scores: Sequence[HeldOutFacts]) -> None:
-        for score in map(_score, scores):
-            record = HeldOutRecord.of_score(step, self.attempt, score)
-            self._put(self.held_out.path, partial(self.held_out.write, record))
-            self.wandb.score(record)
+    def scores(self, step: int, scores: Sequence[HeldOutFacts], seconds: float) -> None:
+        # Together the lines have the time of the whole evaluation.
+        share = seconds / max(1, sum(one.targets for one in scores))
+        records = [
+            HeldOutRecord.of_score(step, self.attempt, score, share * score.targets)
+            for score in map(score_of, scores)
+        ]
+        if not records:
+            return
+
+        metrics, held_out = self.metrics, self.held_out
+        self._put(metrics.path, partial(metrics.write, ScoresRecord.of_records(records)))
+        for record in records:
+            # What the metrics have, a start can add here, but not the other way round.
+            self._put(held_out.path, partial(held_out.write, record), behind=metrics.path)
+            self.mirrors.score(record)
 
     def has_end_of(self, attempt: int) -> bool:
         events = [entry.event for entry in self.ledger.entries]
@@ -187,24 +201,27 @@ class RankZeroRunLogger(RunLogger):
                 self.problem = f"{self._write_error}; make room, then start the same command again"
             return not self._unwritten
 
-    def _put(self, path: Path, write: Callable[[], object]) -> None:
-        """Queue a write behind those that the disk has not taken yet, and try all of them."""
+    def _put(self, path: Path, write: Callable[[], object], behind: Path | None = None) -> None:
+        """Queue a write behind those that the disk has not taken yet, and try all of them.
+
+        Those are the ones of its own file, or of the file `behind`.
+        """
         # During a start a signal raises wherever it falls: between a line and the note of its size,
         # too, after which the line would be written again, or taken for another process's.
         with self._stop.held(), self._writing:
-            self._unwritten.setdefault(path, deque()).append(write)
+            self._unwritten.setdefault(behind or path, deque()).append((path, write))
             self._write()
 
     def _write(self) -> None:
-        # In order within a file: a later line must not overtake one that the disk refused.
-        for path, lines in list(self._unwritten.items()):
+        # In order within a queue: a later line must not overtake one that the disk refused.
+        for name, lines in list(self._unwritten.items()):
             try:
                 while lines:
-                    lines[0]()
+                    lines[0][1]()
                     lines.popleft()
-                del self._unwritten[path]
+                del self._unwritten[name]
             except OSError as error:
-                self._write_failed(path, error)
+                self._write_failed(lines[0][0], error)
 
         if not self._unwritten:
             self._failing_since, self.problem = None, ""
@@ -226,13 +243,14 @@ class RankZeroRunLogger(RunLogger):
         self.flush_messages()
         self.console.info(text)
 
-    def progress(self, text: str) -> None:
+    def progress(self, text: str, at_once: bool = False) -> None:
         self.flush_messages()
-        self.console.progress(text)
+        self.console.progress(text, at_once)
 
     def sync_rows(self) -> None:
         # After a power loss a resume does not repeat the steps of a checkpoint.
-        for rows in (self.metrics, self.roots, self.held_out):
+        # A row of the metrics names a root: its line is on the disk before.
+        for rows in (self.roots, self.metrics, self.held_out):
             try:
                 rows.sync()
             except OSError as error:
@@ -246,7 +264,7 @@ class RankZeroRunLogger(RunLogger):
         stalled_seconds: float | None = None,
     ) -> None:
         stalled = None if stalled_seconds is None else round(stalled_seconds, 3)
-        saved = replace(_checkpoint_saved(path, manifest), stalled_seconds=stalled)
+        saved = replace(checkpoint_saved(path, manifest), stalled_seconds=stalled)
         self.event(replace(saved, seconds=round(seconds, 3)))
 
         own = next((part for part in saved.held_out or () if part.name == OWN), None)
@@ -263,7 +281,6 @@ class RankZeroRunLogger(RunLogger):
         for line in score_lines(saved.held_out or (), OWN):
             self.info_from_thread(line)
 
-        self.wandb.event(f"saved {path.name}")
         if self.problem:
             # No step may follow that would inform the other ranks; the end of a save does.
             raise SaveError(self.problem)
@@ -309,45 +326,14 @@ class RankZeroRunLogger(RunLogger):
                 self.info(f"damaged: {error}")
                 continue
             if not known:
-                self.event(replace(_checkpoint_saved(path, read_manifest(path)), recovered=True))
+                self.event(replace(checkpoint_saved(path, read_manifest(path)), recovered=True))
 
     def close(self) -> None:
         self.flush_messages()
         self.console.close()
-        self.wandb.close()
+        self.mirrors.close()
         self.flush_messages()
 
     def flush_messages(self) -> None:
         while self._from_threads:
             self.console.info(self._from_threads.popleft())
-
-
-def _score(facts: HeldOutFacts) -> SetScore:
-    """Return the record of a score."""
-    return SetScore(
-        name=facts.name,
-        loss=facts.loss,
-        rows=facts.rows,
-        rows_left_out=facts.rows_left_out,
-        targets=facts.targets,
-        subsets=tuple(
-            SubsetScore(name=part.name, loss=part.loss, rows=part.rows) for part in facts.subsets
-        ),
-    )
-
-
-def _checkpoint_saved(path: Path, manifest: CheckpointManifest) -> CheckpointSaved:
-    """Return the ledger's event of a checkpoint."""
-    return CheckpointSaved(
-        checkpoint=path.name,
-        attempt=manifest.attempt,
-        step=manifest.step,
-        chunks_consumed=manifest.chunks.consumed,
-        consumed_tokens=manifest.consumed_tokens,
-        loss=manifest.loss,
-        held_out_loss=manifest.held_out_loss,
-        held_out=tuple(map(_score, manifest.held_out or ())) or None,
-        bytes=manifest.total_bytes,
-        asked=manifest.asked,
-        manifest_sha256=sha256_file(path / MANIFEST),
-    )

@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from k2train.checkpoint.manifest import CheckpointManifest, is_thinned, read_manifest
+from k2train.checkpoint.manifest import CheckpointManifest, read_manifest
+from k2train.checkpoint.moments import why_without_moments
 from k2train.config.load import Config, config_differences
 from k2train.data.manifest import Manifest
 from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError
+from k2train.text import counted
 
 NEVER = ("model", "batch", "data.sequence_length", "data.tokenizer_sha256")
 """Parts of the identity that `run.allow` cannot unlock."""
@@ -42,10 +44,11 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
 
     These are model, batch, seed, data in order, optimizer, learning rate and precision (fp8
     included), and the order of sums with `run.exact`. Document boundaries belong to it only where
-    attention stops at them.
+    attention stops at them, loss masks only where they are used.
     """
     tree = config.model_dump(mode="json")
-    block = config.data.cross_documents == "block"
+    block, mask = config.data.cross_documents == "block", config.data.loss_mask
+    masks = _side_files_sha256(manifest, order, "loss_mask_sha256")
     return {
         "model": model_facts(config),
         "batch": {"global_sequences": config.batch.global_sequences},
@@ -54,7 +57,14 @@ def identity_of(config: Config, manifest: Manifest, order: ChunkOrder) -> dict[s
         "data": {
             "sequence_length": config.data.sequence_length,
             "cross_documents": config.data.cross_documents,
-            **({"borders_sha256": _boundaries_sha256(manifest, order)} if block else {}),
+            **(
+                {"borders_sha256": _side_files_sha256(manifest, order, "borders_sha256")}
+                if block
+                else {}
+            ),
+            # Only if set: older checkpoints do not have these keys.
+            **({"loss_mask": mask} if mask != "none" else {}),
+            **({"loss_mask_sha256": masks} if mask == "use" else {}),
             "tokenizer_sha256": manifest.tokenizer_sha256,
             "held_out_sha256": manifest.held_out.sha256 if manifest.held_out else None,
             "order": [
@@ -75,9 +85,12 @@ def _exact(config: Config) -> dict[str, int]:
     return {"unit": unit, "leaf": config.batch.exact_leaf or unit}
 
 
-def _boundaries_sha256(manifest: Manifest, order: ChunkOrder) -> str:
-    """Return one hash over the document boundaries of all chunks, in reading order."""
-    hashes = [str(manifest.chunk(name).borders_sha256) for name in files_read(manifest, order)]
+def _side_files_sha256(manifest: Manifest, order: ChunkOrder, key: str) -> str:
+    """Return one hash over the files of one kind beside all chunks, in reading order.
+
+    `key` is that of the file's hash in the manifest.
+    """
+    hashes = [str(getattr(manifest.chunk(name), key)) for name in files_read(manifest, order)]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -90,8 +103,8 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
     old_order = list(before.get("data", {}).get("order", []))
     new_order = list(now.get("data", {}).get("order", []))
     for tree in (before, now):
-        # Checkpoints older than this key attended across documents.
-        data = {"cross_documents": "attend", **tree.get("data", {})}
+        # Checkpoints older than these keys attended across documents, and learned every token.
+        data = {"cross_documents": "attend", "loss_mask": "none", **tree.get("data", {})}
         tree["data"] = {key: value for key, value in data.items() if key != "order"}
     differences = config_differences(before, now)
 
@@ -100,7 +113,10 @@ def identity_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
             (i for i, (a, b) in enumerate(zip(old_order, new_order, strict=False)) if a != b), None
         )
         if index is None:
-            differences.append(f"data.order: {len(old_order)} chunks -> {len(new_order)} chunks")
+            differences.append(
+                f"data.order: {counted(len(old_order), 'chunk')} -> "
+                f"{counted(len(new_order), 'chunk')}"
+            )
         else:
             entries = [
                 f"{entry['name']} ({str(entry['sha256'])[:12]})"
@@ -123,13 +139,12 @@ def check_same_run(
     Raises CheckpointError for a thinned checkpoint, and for a difference that is not allowed or
     never can be.
     """
-    if is_thinned(path):
+    manifest = read_manifest(path)
+    if why := why_without_moments(path, manifest):
         raise CheckpointError(
-            f"{path} was thinned to its weights: it can start another run (run.init_from), "
-            "not continue this one"
+            f"{path} {why}: it can start another run (run.init_from), not continue this one"
         )
 
-    manifest = read_manifest(path)
     before = {} if manifest.identity is None else manifest.identity.tree()
 
     deferred = then is not None and same_chunks_begun(manifest, identity)

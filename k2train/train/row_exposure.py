@@ -50,18 +50,25 @@ class RowExposure:
         self._kept: list[Tensor] = []
         self._step = 0
         self._chunk, self._rows = "", range(0)
+        self._targets: Sequence[int] = ()
+        """Targets of each row of the step."""
 
         last = engine.stages.get(engine.grid.layout.num_stages - 1)
         if self.on and last is not None:
             last.keep_losses = self._keep
 
-    def begin(self, order: ChunkOrder, step: int) -> None:
-        """Expect the losses of a step, and read the subsets of its chunk and the next one."""
+    def begin(self, order: ChunkOrder, step: int, row_targets: Sequence[int] | None) -> None:
+        """Expect the losses of a step, and read the subsets of its chunk and the next one.
+
+        `row_targets` as in a `MicroBatch`.
+        """
         self._kept.clear()
         if not self.on:
             return
         position = order.position(step)
         self._step, self._chunk, self._rows = step, position.name, order.rows_of(step)
+        every = self.start.manifest.sequence_length - 1
+        self._targets = row_targets or [every] * len(self._rows)
         if self._subsets is not None and self.by_subset:
             self._subsets.prefetch(order.names[position.order_index : position.order_index + 2])
 
@@ -76,7 +83,7 @@ class RowExposure:
             self._write(losses)
         names = self._subsets.of(self._chunk, self._rows) if self.by_subset else []
         length = self.start.manifest.sequence_length
-        return by_subset(losses, names, length) if names else None
+        return by_subset(losses, self._targets, names, length) if names else None
 
     def _keep(self, losses: Tensor) -> None:
         self._kept.append(losses.sum(dim=0, dtype=torch.float64))
@@ -125,13 +132,18 @@ class RowExposure:
             self.logger.info(f"audit.row_losses: not written any more: {error.strerror}")
 
 
-def by_subset(losses: Sequence[float], names: Sequence[str], length: int) -> SubsetLosses:
-    """Sum up the losses of rows of `length` tokens by the names of their subsets."""
-    parts: dict[str, list[float]] = {}
-    for name, loss in zip(names, losses, strict=True):
-        parts.setdefault(name, []).append(loss)
+def by_subset(
+    losses: Sequence[float], targets: Sequence[int], names: Sequence[str], length: int
+) -> SubsetLosses:
+    """Sum up the losses of rows of `length` tokens, with their targets, by their subsets' names."""
+    parts: dict[str, list[tuple[float, int]]] = {}
+    for name, loss, count in zip(names, losses, targets, strict=True):
+        parts.setdefault(name, []).append((loss, count))
     return {
-        name: (len(part) * length, _sum(part) / (len(part) * (length - 1)))
+        name: (
+            len(part) * length,
+            _sum([loss for loss, _ in part]) / sum(count for _, count in part),
+        )
         for name, part in sorted(parts.items())
     }
 

@@ -37,11 +37,12 @@ from k2train.train.engine import Engine
 from k2train.train.host_memory import keep_freed_memory, startup_objects_frozen
 from k2train.train.import_parent import import_parent
 from k2train.train.machine import FreeMemory, free_memory
+from k2train.train.matmul_choice import choose_products
 from k2train.train.memory_check import check_memory
 from k2train.train.monitor import RunMonitor
 from k2train.train.precision import decide_precision
 from k2train.train.preflight import Start
-from k2train.train.setup_kernels import other_kernels
+from k2train.train.setup_kernels import kernels_of, other_kernels
 from k2train.train.shutdown import OpenRun
 from k2train.train.start_record import (
     log_finished,
@@ -170,9 +171,15 @@ def build(
     contact = make_contact(grid, neighbours(start.setup.programs))
     monitor.phase("load", chosen.step)
 
+    known = None if chosen.manifest is None else chosen.manifest.products
+    products = choose_products(start.setup, grid, logger, known)
+    kernels = None if products is None else kernels_of(start.setup, grid.device, products)
     # Initial weights are drawn only if no checkpoint overwrites them.
-    engine = Engine(start.setup, grid, fill=chosen.path is None and start.parent is None)
+    fill = chosen.path is None and start.parent is None
+    logger.progress("building the model", at_once=True)
+    engine = Engine(start.setup, grid, fill, kernels)
     monitor.attach(engine)
+    logger.progress("")
     log_start(logger, start, engine, chosen)
     logger.info(contact)
     if told := other_kernels(grid, engine.kernels):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2train.checkpoint.manifest import checkpoint_name, list_checkpoints
+from k2train.checkpoint.moments import why_without_moments
 from k2train.checkpoint.writer import set_aside_later
 from k2train.guard.spikes import RESTART_STEPS
 from k2train.parallel.agreement import Agreement
@@ -94,7 +95,6 @@ def begin(
     # Asked to stop: nothing was trained, so the next start begins like this one.
     if evaluation.asked is None:
         # ckpt_000 is the state before the first step.
-        run.logger.progress(f"saving {checkpoint_name(0)}")
         checkpoints.save(checkpoint_name(0), run.state, held_out)
 
 
@@ -107,10 +107,7 @@ def _load_stage_before(
     event = replace(start.transition, attempt=logger.attempt, moments_kept=kept)
     run.state.parent = {k: v for k, v in event.row().items() if k not in ("event", "attempt")}
     log_transition(logger, event, scored=bool(start.held_out))
-    loaded = (
-        "weights and moments"
-        if kept
-        else "weights alone (that checkpoint was thinned; moments start from zero)"
-    )
+    why = why_without_moments(parent, manifest)
+    loaded = "weights and moments" if kept else f"weights alone (it {why}; moments start from zero)"
     logger.info(f"{loaded} from {parent}, step {manifest.step}")
     log_stage_transition(logger, event)

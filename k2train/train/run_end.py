@@ -8,6 +8,7 @@ Alternatives considered:
 """
 
 from k2train.checkpoint.writer import SaveError
+from k2train.commands import program_text
 from k2train.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.messages import FLAG
@@ -69,7 +70,7 @@ class RunEnd:
         self.logger.event(Finished(attempt=self.logger.attempt, step=step))
         self._settle_record()
         self.logger.info(
-            f"finished at step {step}; see python tools/show_run.py {self.start.directory}"
+            f"finished at step {step}; see {program_text('show_run')} {self.start.directory}"
         )
         return EXIT_DONE
 

@@ -60,8 +60,8 @@ class RunLogger:
     def step(self, record: StepRecord) -> None:
         """Log a finished step."""
 
-    def scores(self, step: int, scores: Sequence[HeldOutFacts]) -> None:
-        """Log the held-out scores of the weights after a step."""
+    def scores(self, step: int, scores: Sequence[HeldOutFacts], seconds: float) -> None:
+        """Log the held-out scores of the weights after a step, which took `seconds` in all."""
 
     def has_end_of(self, attempt: int) -> bool:
         """Return whether the ledger records how a start ended."""
@@ -82,8 +82,11 @@ class RunLogger:
     def info(self, text: str) -> None:
         """Log a human-readable line."""
 
-    def progress(self, text: str) -> None:
-        """Show what goes on between steps; "" ends it."""
+    def progress(self, text: str, at_once: bool = False) -> None:
+        """Show what goes on between steps; "" ends it.
+
+        `at_once`: in a log, too, without waiting some seconds.
+        """
 
     def sync_rows(self) -> None:
         """Sync the rows of all steps so far; called before a checkpoint is committed."""

@@ -21,6 +21,7 @@ MACHINE = ("device", "threads")
 def setting_of(engine: Engine) -> dict[str, str]:
     """Return the facts of an engine's setting by their names."""
     layout, parallel, batch = engine.grid.layout, engine.config.parallel, engine.config.batch
+    mask = engine.config.data.loss_mask
     facts: dict[str, Any] = {
         **signature_of(engine).model_dump(),
         "pipeline": layout.pipeline,
@@ -33,6 +34,7 @@ def setting_of(engine: Engine) -> dict[str, str]:
         "exact": (batch.exact_unit, batch.exact_leaf) if engine.config.run.exact else False,
         "fp8": engine.config.kernels.matmul == "fp8",
         "cross_documents": engine.config.data.cross_documents,
+        **({} if mask == "none" else {"loss_mask": mask}),
         "k2train": package_version("k2train"),
     }
     return {name: str(value) for name, value in facts.items()}

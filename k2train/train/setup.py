@@ -6,36 +6,44 @@
 - Needs no torch. What depends on the device takes its type: the engine resolves axes and kernels.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Self
 
 from k2train.config.load import Config, check_world
-from k2train.model.architecture import Architecture, RopeScaling
+from k2train.model.architecture import Architecture
 from k2train.optim.lr_schedule import rate
 from k2train.plan.activations import FP32, ActivationSpec
 from k2train.plan.cost import rank_parameters
 from k2train.plan.layout import Layout
 from k2train.plan.memory import RankMemory, rank_memory
+from k2train.plan.pipeline_choice import AUTO, Asked, PipelineChoice, PipelineWork, choose_pipeline
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.sum_tree import most_sums, nodes_of
 
 
 def architecture_of(config: Config) -> Architecture:
     """Return the `Architecture` of a config's model section."""
-    m, scaling = config.model, config.model.rope_scaling
-    assert m.num_kv_heads is not None, "the config resolves num_kv_heads"
-    return Architecture(
-        m.num_layers,
-        m.hidden_size,
-        m.ffn_hidden_size,
-        m.num_heads,
-        m.num_kv_heads,
-        m.vocab_size,
-        m.rope_theta,
-        m.norm_eps,
-        m.init_std,
-        None if scaling is None else RopeScaling(**scaling.model_dump(exclude={"type"})),
+    return Architecture.of(config)
+
+
+def with_pipeline(config: Config, choice: PipelineChoice) -> Config:
+    """Return the config with a schedule, its stages on a rank, and its cut."""
+    chosen = config.parallel.model_copy(update=asdict(choice))
+    return config.model_copy(update={"parallel": chosen})
+
+
+def _layout_of(config: Config, world_size: int) -> Layout:
+    """Layout of a config whose schedule and cut are chosen."""
+    p = config.parallel
+    assert not isinstance(p.layers_per_stage, str), "the cut is chosen before the layout"
+    return Layout.for_world(
+        world_size,
+        p.tensor,
+        p.pipeline,
+        p.stages_per_rank,
+        placement_of(p.schedule),
+        p.layers_per_stage,
     )
 
 
@@ -44,7 +52,10 @@ class Setup:
     """A config and its layout, with all that follows from the two."""
 
     config: Config
+    """With the schedule and the cut that `auto` stands for."""
     layout: Layout
+    pipeline_reason: str = ""
+    """Why `auto` means this schedule and this cut; "" where the config said both."""
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Self:
@@ -53,20 +64,42 @@ class Setup:
         Raises ConfigError when processes, batch, layout and schedule do not fit.
         """
         check_world(config, world_size)
+        setup = cls._chosen(config, world_size)
+        # Built now: a schedule that cannot run with these micro-batches is a mistake of the config.
+        assert len(setup.programs) == setup.layout.pipeline, "one program for each pipeline rank"
+        return setup
+
+    @classmethod
+    def _chosen(cls, config: Config, world_size: int) -> Self:
+        """Return the setup with a schedule and a cut in place of `auto`."""
         p = config.parallel
-        layout = Layout.for_world(
-            world_size,
-            p.tensor,
+        if AUTO not in (p.schedule, p.layers_per_stage):
+            return cls(config, _layout_of(config, world_size))
+
+        asked = Asked(p.schedule, p.stages_per_rank, p.layers_per_stage)
+        work = PipelineWork(
+            architecture_of(config),
+            config.data.sequence_length,
             p.pipeline,
-            p.stages_per_rank,
-            placement_of(p.schedule),
-            p.layers_per_stage,
+            config.batch.global_sequences
+            // (world_size // (p.tensor * p.pipeline) * config.batch.micro_sequences),
+            config.kernels.loss != "reference",
+            config.batch.micro_sequences * config.data.sequence_length // p.tensor,
         )
 
-        setup = cls(config, layout)
-        # Built now: a schedule that cannot run with these micro-batches is a mistake of the config.
-        assert len(setup.programs) == layout.pipeline, "one program for each pipeline rank"
-        return setup
+        def most_bytes(choice: PipelineChoice) -> int:
+            chosen = with_pipeline(config, choice)
+            return cls(chosen, _layout_of(chosen, world_size)).most_memory_bytes
+
+        choice, reason = choose_pipeline(work, asked, most_bytes)
+        chosen = with_pipeline(config, choice)
+        return cls(chosen, _layout_of(chosen, world_size), reason)
+
+    @property
+    def most_memory_bytes(self) -> int:
+        """Planned bytes of the rank that needs most, on an accelerator."""
+        work = self.work()
+        return max(self.memory(work, pp).total_bytes for pp in range(self.layout.pipeline))
 
     @cached_property
     def architecture(self) -> Architecture:

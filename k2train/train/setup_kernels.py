@@ -2,6 +2,8 @@
 
 - Here the device is asked how it adds weight gradients, so that every choice that decides over bits
   is in the kernels line and in the forward check's signature.
+- `measured` is `auto`, and each product by the library that was measured as the fastest, where a
+  measurement is on record (see `matmul_choice`).
 - `auto` is decided on each rank, by its device and packages. Where that is not the same on all, the
   record says so: its kernels line is rank 0's.
 
@@ -13,26 +15,44 @@ from dataclasses import replace
 
 import torch
 
+from k2train.errors import ConfigError
+from k2train.model.kernels.onednn import preferred as onednn_preferred
+from k2train.model.kernels.openblas import find_openblas
+from k2train.model.kernels.product_choice import Choice, ChosenProduct
 from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
+from k2train.model.kernels.upcast import UpcastProduct
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.collective_matmul import Product
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
+from k2train.train.machine import cpu_has_bf16
 from k2train.train.setup import Setup
 
+MEASURED = "measured"
+"""Value of `kernels.matmul`."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def kernels_of(setup: Setup, device: torch.device | None = None) -> Kernels:
-    """Return the kernels of a setup, resolved for a device (None: a CPU)."""
+def kernels_of(
+    setup: Setup, device: torch.device | None = None, choice: Choice | None = None
+) -> Kernels:
+    """Return the kernels of a setup, resolved for a device (None: a CPU).
+
+    `choice` is what `kernels.matmul: measured` takes of a measurement. Raises ConfigError when a
+    kernel cannot run there.
+    """
     k, device = setup.config.kernels, device or torch.device("cpu")
     dtype = DTYPES[setup.config.precision]
+    if k.matmul == MEASURED and device.type != "cpu":
+        raise ConfigError(
+            f"kernels.matmul (measured) is for a CPU, and this is {device.type}: choose auto"
+        )
     chosen = choose_kernels(
         attention=k.attention,
         norm=k.norm,
         elementwise=k.elementwise,
         loss=k.loss,
-        matmul=k.matmul,
+        matmul="auto" if k.matmul == MEASURED else k.matmul,
         optimizer=k.optimizer,
         compile=k.compile,
         recompute=k.recompute,
@@ -44,10 +64,32 @@ def kernels_of(setup: Setup, device: torch.device | None = None) -> Kernels:
             sequence_length=setup.config.data.sequence_length,
             head_dim=setup.architecture.head_dim,
             block=setup.block,
+            emulates_bf16=cpu_has_bf16() is False,
         ),
     )
+    if choice is not None:
+        chosen = _with_choice(chosen, choice)
     product = chosen.product or Product()
     return replace(chosen, gradients=product.gradient_sums(device, dtype))
+
+
+def fp32_library(kernels: Kernels) -> str:
+    """Return the library of a CPU's fp32 products; "" where the products are not fp32's."""
+    if kernels.matmul == "upcast":
+        return "onednn" if onednn_preferred() else "torch"
+    fp32 = kernels.matmul in ("torch", "onednn") and "rounded" not in kernels.gradients
+    return kernels.matmul if fp32 else ""
+
+
+def _with_choice(kernels: Kernels, choice: Choice) -> Kernels:
+    """Return the kernels with each product by the library that was chosen for its shape."""
+    product: Product = ChosenProduct(choice)
+    if kernels.matmul == "upcast":
+        product = UpcastProduct(product)
+    versions = kernels.versions
+    if "openblas" in choice.libraries:
+        versions = (*versions, str(find_openblas()))
+    return replace(kernels, choice=choice, product=product, versions=versions)
 
 
 def other_kernels(grid: ProcessGrid, kernels: Kernels) -> str:

@@ -224,7 +224,8 @@ class OpenRun:
                 Failed(
                     attempt=self.logger.attempt,
                     step=self.state.step,
-                    problem=line or str(error),
+                    # What another rank has reported says more than a connection that broke.
+                    problem=line or self.monitor.reported() or str(error),
                 )
             )
 

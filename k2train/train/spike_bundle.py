@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from k2train.checkpoint.manifest import checkpoint_order, list_checkpoints
+from k2train.commands import program_text
 from k2train.config.load import to_yaml
 from k2train.data.loader import MicroBatch
 from k2train.data.order import ChunkOrder
@@ -90,7 +91,11 @@ class SpikeBundles:
         """Write the bundle of a spike that opened with the step of `batch` and `result`."""
         step, engine = verdict.step, self.engine
         self.opened.monitor.phase("evaluate", step)
-        losses = engine.row_losses(batch, engine.setup.num_microbatches).tolist()
+        sums = engine.row_losses(batch, engine.setup.num_microbatches).tolist()
+        told = batch[0].row_targets if batch else None
+        # Each row's own mean, however many of its tokens are learned.
+        targets = told or [engine.config.data.sequence_length - 1] * len(sums)
+        losses = [loss / count for loss, count in zip(sums, targets, strict=True)]
         tensors = tensor_statistics(engine, result, lr)
         if engine.grid.rank == 0:
             self._told(lambda: self._write(verdict, result, lr, losses, tensors), verdict)
@@ -119,12 +124,11 @@ class SpikeBundles:
 
         steps = recent_steps(start.directory / "metrics.jsonl", step - LAST_STEPS + 1, step)
         order = start.order
-        targets = start.setup.config.data.sequence_length - 1
         sequences, notes = described_sequences(
             start.manifest,
             order.position(step).name,
             order.rows_of(step),
-            [loss / targets for loss in losses],
+            losses,
             HIGHEST,
         )
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,7 +142,7 @@ class SpikeBundles:
         event = self._event(verdict, result, lr, notes)
         _write_json(folder / EVENT, event)
         self.logger.info(
-            f"what the step was: python tools/spike.py {start.directory} {event['number']}"
+            f"what the step was: {program_text('spike')} {start.directory} {event['number']}"
         )
 
     def _event(

@@ -24,7 +24,7 @@ from k2train.checkpoint.writer import CheckpointWriter
 from k2train.files import sha256_file, write_synced
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.messages import FLAG
-from k2train.record.metrics import POSITION, lines_backwards
+from k2train.record.metrics import POSITION, is_scores_line, lines_backwards
 from k2train.record.rollback_events import SpikeCheckpoint
 from k2train.train.checkpointing import CheckpointManager
 from k2train.train.forward_check import run_forward_check
@@ -107,8 +107,11 @@ def keep_checkpoint(
 
 
 def copy_rows(metrics: Path, folder: Path, after: int, last: int) -> None:
-    """Copy the newest row of each step from `after` + 1 to `last` beside a branch."""
-    rows: dict[int, bytes] = {}
+    """Copy the newest row of each step from `after` + 1 to `last` beside a branch.
+
+    The held-out losses after a step go with it.
+    """
+    rows: dict[tuple[int, bool], bytes] = {}
     for line in lines_backwards(metrics):
         if (match := POSITION.match(line)) is None:
             continue
@@ -116,6 +119,6 @@ def copy_rows(metrics: Path, folder: Path, after: int, last: int) -> None:
         if step <= after:
             break
         if step <= last:
-            rows.setdefault(step, line)
-    text = b"".join(rows[step] + b"\n" for step in sorted(rows)).decode()
+            rows.setdefault((step, is_scores_line(line)), line)
+    text = b"".join(rows[key] + b"\n" for key in sorted(rows)).decode()
     write_synced(folder / ROWS, text)

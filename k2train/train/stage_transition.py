@@ -1,7 +1,8 @@
 """Stage transition: may this stage start from a checkpoint of another run, and what changes.
 
 - Both stages need the same model, the same tokenizer and, unless allowed, disjoint data. The base
-  of the positions (`model.rope_theta`) may change if `run.allow` names it.
+  of the positions (`model.rope_theta`) may change if `run.allow` names it. The tokenizer may have
+  more special tokens behind its own, which is said.
 - A run directory as the parent must hold a finished run, unless `run.allow` permits another.
 - What was compared goes into the ledger, and into every checkpoint of the stage.
 """
@@ -17,6 +18,7 @@ from k2train.checkpoint.manifest import (
     read_manifest,
 )
 from k2train.config.load import config_differences
+from k2train.data.added_specials import added_specials
 from k2train.data.manifest import Manifest
 from k2train.data.order import ChunkOrder
 from k2train.errors import CheckpointError, DataError
@@ -83,7 +85,7 @@ def check_stage_transition(
     shown = parent if unwritten is None else str(config.run.init_from)
     allowed = _model_changes(before, setup, shown)
 
-    known = _check_tokenizer(before, setup, manifest, shown)
+    added = _check_tokenizer(before, setup, manifest, shown)
     common = data_in_common(before, manifest, order)
     shared = common.found
     if shared and config.data.seen_before == "refuse":
@@ -104,7 +106,7 @@ def check_stage_transition(
         parent_consumed_tokens=before.consumed_tokens,
         tokenizer_sha256=manifest.tokenizer_sha256,
         same_model=True,
-        same_tokenizer=known,
+        same_tokenizer=added is not None,
         data_in_common=shared,
         # Older ledgers have this alone.
         sources_compared=common.is_deep,
@@ -116,29 +118,32 @@ def check_stage_transition(
         parent_finished=is_finished(before),
         parent_total_steps=None if earlier is None else earlier.total_steps,
         allowed=tuple(allowed) or None,
+        added_specials=added or None,
     )
 
 
 def _check_tokenizer(
     before: CheckpointManifest, setup: Setup, manifest: Manifest, parent: Path | str
-) -> bool:
-    """Return whether the data's tokenizer is that of the parent; False where nobody knows.
+) -> tuple[str, ...] | None:
+    """Return the special tokens that the data's tokenizer has beyond the parent's, usually none.
 
+    None where nobody knows the parent's tokenizer.
     Raises DataError when it is another one, or nobody knows and `run.allow` does not permit that.
     """
     tokenizer = before.data.tokenizer_sha256
-    if tokenizer == manifest.tokenizer_sha256:
-        return True
     if tokenizer is not None:
+        added = added_specials(manifest, tokenizer)
+        if added is not None:
+            return added
         raise DataError(
             f"{manifest.path} was made with tokenizer {manifest.tokenizer_sha256[:12]}, "
             f"run.init_from ({parent}) was trained with {tokenizer[:12]}; "
-            "prepare the data with the same one"
+            "prepare the data with the same one, which may have more special tokens behind its own"
         )
     if TOKENIZER in setup.config.run.allow:
-        return False
+        return None
     raise DataError(
-        f"run.init_from ({parent}) has no tokenizer.model to compare with that of "
+        f"run.init_from ({parent}) has no tokenizer to compare with that of "
         f"{manifest.path}; if it is the same, say so: run.allow=[{TOKENIZER}]"
     )
 
@@ -153,7 +158,7 @@ def _model_changes(before: CheckpointManifest, setup: Setup, parent: Path | str)
     # A checkpoint that has the key without a value is one that lacks it.
     model = {key: value for key, value in model.items() if (key, value) != ("rope_scaling", None)}
     differences = config_differences({"model": model}, {"model": model_facts(config)})
-    refused = [text for text in differences if not _is_allowed(text, config.run.allow)]
+    refused = [text for text in differences if not is_allowed(text, config.run.allow)]
     if not refused:
         return differences
 
@@ -166,6 +171,7 @@ def _model_changes(before: CheckpointManifest, setup: Setup, parent: Path | str)
     )
 
 
-def _is_allowed(difference: str, allow: Sequence[str]) -> bool:
+def is_allowed(difference: str, allow: Sequence[str]) -> bool:
+    """Whether a change of the model, `model.KEY: A -> B`, is one that `run.allow` permits."""
     key = difference.split(":")[0]
     return key in MAY_CHANGE and key in allow

@@ -23,22 +23,25 @@ SMALL_SHARE = 0.1
 
 
 def bf16_note(config: Config, on_cpu: bool | None = None) -> str:
-    """Say that this CPU emulates bf16; "" where it does not, or an accelerator computes.
+    """Say that this CPU emulates bf16 products; "" where it does not, or an accelerator computes.
 
+    It does with `kernels.matmul: torch` only: `auto` has them upcast to fp32 there.
     `on_cpu`: whether the run computes on the CPU; None: unknown yet.
     """
-    if config.precision != "bf16" or cpu_has_bf16() is not False:
+    emulated = config.kernels.matmul == "torch" and cpu_has_bf16() is False
+    if config.precision != "bf16" or not emulated:
         return ""
+    better = "set kernels.matmul=auto or precision=fp32"
     if on_cpu is None and not has_accelerator():
         return (
             "precision bf16: no accelerator is seen here, and this CPU has no bf16 instructions "
-            "and emulates them, several times slower than fp32; on it set precision=fp32"
+            f"and emulates them, several times slower than fp32; on it {better}"
         )
     if not on_cpu:
         return ""
     return (
-        "precision bf16 is emulated: this CPU has no bf16 instructions (avx512_bf16, amx_bf16), "
-        "and is several times faster with precision=fp32"
+        "precision bf16 is emulated: this CPU has no bf16 instructions (avx512_bf16, amx_bf16) "
+        f"and is several times slower than in fp32; {better}"
     )
 
 

@@ -20,6 +20,7 @@ from k2train.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
+from k2train.checkpoint.moments import why_without_moments
 from k2train.checkpoint.verify import has_bad_block
 from k2train.config.load import Config
 from k2train.data.order import ChunkOrder
@@ -53,6 +54,11 @@ class ResumeCheck:
 
     def __call__(self, path: Path, manifest: CheckpointManifest) -> None:
         """Raise CheckpointError when the run cannot continue from there."""
+        if manifest.merged is not None:
+            raise CheckpointError(
+                f"{path} {why_without_moments(path, manifest)}, without moments: it can start "
+                "another run (run.init_from), not continue one"
+            )
         if manifest.identity is None:
             raise CheckpointError(
                 f"{path / MANIFEST}: identity is missing, the run cannot continue from there"
@@ -148,9 +154,10 @@ def wanted_checkpoints(
         )
 
     if found and not usable:
+        last = found[-1]
         raise CheckpointError(
-            f"{found[-1]} and all before it were thinned to their weights: "
-            "they can start another run (run.init_from), not continue this one"
+            f"{last} {why_without_moments(last, read_manifest(last))}, and none before it has "
+            "moments: they can start another run (run.init_from), not continue this one"
         )
     return usable, refused
 

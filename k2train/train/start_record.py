@@ -21,6 +21,7 @@ from k2train.launch.environment_defaults import environment_settings
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
+from k2train.parallel.shared_mesh import SIZES
 from k2train.plan.connections import connections
 from k2train.plan.cost import parameters
 from k2train.record.events import Faults, Resumed, StageTransition, Started, Starting, Takeover
@@ -49,6 +50,7 @@ LEFTOVERS = (
     "config.yaml.tmp",
     "ledger.head.tmp",
     "ledger.jsonl.tmp",
+    "profile/unfinished_*",
     "watch/verdict.json.*.tmp",
 )
 """Files of a run that a kill can leave before they get their names."""
@@ -78,7 +80,9 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
         try:
             start.checkpoints.mkdir(parents=True, exist_ok=True)
             leftovers = _remove_leftovers(start)
-            run.logger = ExpectingRunLogger(start, run.monitor.stop)
+            device = run.grid.device
+            name = "" if device.type == "cpu" else str(device)
+            run.logger = ExpectingRunLogger(start, run.monitor.stop, name)
         except UserError as error:
             problem = str(error)
         except UnavailableError as error:
@@ -99,7 +103,7 @@ def open_run_logger(start: Start, run: OpenRun, lock: RunLock | None, memory: st
 
     logger.attempt, logger.fencing_token = told.attempt, told.fencing_token
     # Each rank has an environment of its own.
-    armed = agreement.all(list(fault_injection.armed_faults()), TEXTS, "open the record")
+    armed = agreement.distinct(list(fault_injection.armed_faults()), TEXTS, "open the record")
     logger.faults = tuple(dict.fromkeys(fault for faults in armed for fault in faults))
 
     logger.memory = memory
@@ -130,7 +134,7 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
     """Log the first lines of a run: its size, layout, kernels, memory, and the checkpoint taken."""
     setup, kernels, layout, order = start.setup, engine.kernels, start.layout, start.order
     device_type, config = engine.grid.device.type, start.setup.config
-    work = setup.work(device_type, kernels.attention_name, kernels.matmul, kernels.loss)
+    work = setup.work(device_type, kernels.attention_name, kernels.largest_matmul, kernels.loss)
 
     if logger.faults:
         logger.info(
@@ -139,13 +143,13 @@ def log_start(logger: RunLogger, start: Start, engine: Engine, chosen: Chosen) -
         )
     logger.info(
         f"{parameters(setup.architecture):,} parameters, {config.precision} on {device_type}; "
-        f"{counted(len(order.names), 'chunk')}, {order.total_steps} steps of "
+        f"{counted(len(order.names), 'chunk')}, {counted(order.total_steps, 'step')} of "
         f"{setup.step_tokens:,} tokens; run directory {start.directory}"
     )
     logger.info(
         f"tensor {layout.tensor}, pipeline {layout.pipeline}, data {layout.data}, "
         f"sequence parallel {'on' if setup.sequence else 'off'}, {_symmetric(engine)}"
-        f"{config.parallel.schedule}, "
+        f"{_pairs(engine)}{config.parallel.schedule}, "
         f"{setup.num_microbatches} micro-batches; kernels: {kernels}; {logger.memory}"
     )
     logger.info(memory_line(setup, work, engine.grid.coordinate.pp))
@@ -178,11 +182,29 @@ def _symmetric(engine: Engine) -> str:
     return f"symmetric memory off ({engine.unconnected}), "
 
 
+def _pairs(engine: Engine) -> str:
+    """What `parallel.shared_memory: auto` came to; "" where it had no choice."""
+    if engine.config.parallel.shared_memory != "auto" or engine.grid.device.type != "cpu":
+        return ""
+    told = ""
+    for name, axis in (("tensor", engine.tp), ("data", engine.dp)):
+        if axis.size in (2, *SIZES) and not axis.overlap:
+            memory = axis.pair or axis.mesh
+            how = "by gloo (no shared memory)" if memory is None else "in shared memory"
+            told += f"{name} transfers {how}, "
+    if engine.pp.size == 2:
+        how = "by gloo (no shared memory)" if engine.pp.channel is None else "in shared memory"
+        told += f"pipeline transfers {how}, "
+    return told
+
+
 def _notes(start: Start, device_type: str) -> Iterator[str]:
     """Yield what deserves a look: precision, environment, an open port, flattering losses."""
     config, order = start.setup.config, start.order
     if start.precision_reason:
         yield f"precision auto is {config.precision}: {start.precision_reason}; the run keeps it"
+    if start.setup.pipeline_reason:
+        yield f"{start.setup.pipeline_reason}; the run keeps it"
     yield bf16_note(config, on_cpu=device_type == "cpu")
     yield determinism_note(config, device_type)
     yield evaluation_note(config, start.held_out, order)
@@ -305,6 +327,9 @@ def log_stage_transition(logger: RunLogger, event: StageTransition) -> None:
         logger.info(f"the stage before was not finished: that is its step {event.parent_step}{of}")
     for text in event.allowed or ():
         logger.info(f"allowed by run.allow: {text}")
+    if event.added_specials:
+        added = ", ".join(event.added_specials)
+        logger.info(f"special tokens that the stage before did not have: {added}")
     for text in event.data_in_common:
         logger.info(f"allowed by data.seen_before, although it was trained on before: {text}")
     total = event.total_steps or 0

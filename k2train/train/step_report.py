@@ -3,6 +3,7 @@
 import resource
 from collections.abc import Sequence
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from k2train.plan.device_peak import peak_flops, peak_precision
 from k2train.record.events import ChunkStarted, Faults, Spike, StepSkipped
 from k2train.record.metrics import StepRecord
 from k2train.record.rollback_events import StepRechecked
+from k2train.train.device_use import DeviceUse
 from k2train.train.preflight import Start
 from k2train.train.recheck import Rechecked, recheck_text
 from k2train.train.row_exposure import SubsetLosses
@@ -20,11 +22,31 @@ from k2train.train.state import TrainState
 from k2train.train.step_result import StepResult
 
 
-class StepReport:
-    """Reports the steps of a run to `logger`; `device` is the one that computes."""
+class Done(NamedTuple):
+    """A finished step, as rank 0 reports it."""
 
-    def __init__(self, start: Start, logger: RunLogger, device: torch.device):
-        self.start, self.logger, self.device = start, logger, device
+    step: int
+    result: StepResult
+    lr: float
+    seconds: float
+    ids: str
+    """Hash of the ids that the step was fed."""
+    state_root: str | None
+    subsets: SubsetLosses | None
+    row_targets: Sequence[int] | None
+    """Targets of each row, where loss masks say which tokens are learned."""
+
+
+class StepReport:
+    """Reports the steps of a run to `logger`; `device` is the one that computes.
+
+    `use`: the use of rank 0's device; None on other ranks.
+    """
+
+    def __init__(
+        self, start: Start, logger: RunLogger, device: torch.device, use: DeviceUse | None = None
+    ):
+        self.start, self.logger, self.device, self._use = start, logger, device, use
         setup = start.setup
         self._flops = flops_per_token(setup.architecture, setup.config.data.sequence_length)
         self._peak = peak_precision(setup.config.precision, setup.config.kernels.matmul)
@@ -34,6 +56,8 @@ class StepReport:
 
     def begins(self, step: int) -> None:
         """Report a step that begins: an event where it opens a chunk."""
+        if self._use is not None:
+            self._use.begin()
         order = self.start.order
         position = order.position(step)
         if position.step_in_chunk == 0:
@@ -47,19 +71,11 @@ class StepReport:
                 )
             )
 
-    def done(
-        self,
-        step: int,
-        result: StepResult,
-        lr: float,
-        seconds: float,
-        ids: str,
-        state_root: str | None,
-        subsets: SubsetLosses | None = None,
-    ) -> None:
+    def done(self, done: Done) -> None:
         """Report a finished step: its metrics row, and an event where values were changed."""
         order, tokens = self.start.order, self.start.setup.step_tokens
-        rows = order.rows_of(step)
+        step, result, rows = done.step, done.result, order.rows_of(done.step)
+        speed = tokens / done.seconds
         self.logger.step(
             StepRecord(
                 step,
@@ -68,20 +84,20 @@ class StepReport:
                 consumed_tokens=step * tokens,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
-                lr=lr,
+                lr=done.lr,
                 rows=[rows.start, rows.stop],
-                ids=ids,
+                ids=done.ids,
                 applied=result.applied,
-                tokens_per_second=tokens / seconds,
-                mfu=None
-                if self._peak_flops is None
-                else tokens / seconds * self._flops / self._peak_flops,
+                tokens_per_second=speed,
+                mfu=None if self._peak_flops is None else speed * self._flops / self._peak_flops,
                 mfu_peak=None if self._peak_flops is None else self._peak,
-                seconds=seconds,
+                seconds=done.seconds,
                 peak_memory_bytes=self._peak_memory_bytes(),
-                state_root=state_root,
+                state_root=done.state_root,
                 update_norm=result.update_norm,
-                subsets=subsets,
+                subsets=done.subsets,
+                targets=None if done.row_targets is None else sum(done.row_targets),
+                device=None if self._use is None else self._use.since_begin(),
             )
         )
         if result.faults:

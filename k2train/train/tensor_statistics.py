@@ -1,7 +1,8 @@
 """Statistics of every tensor after a step: gradient, weight, moments and update, over all ranks.
 
-- Each rank takes the sums of its own rows, in fp64; rank 0 adds them in the order of the ranks. A
-  tensor that all tensor-parallel ranks hold is counted once, on the first.
+- Each rank takes the sums of its own rows, in fp64, and all ranks reduce them: gathered, they would
+  be gigabytes on rank 0 of a large world. A tensor that all tensor-parallel ranks hold is counted
+  once, on the first.
 - The optimizer has used the gradient up: its fused kernels leave it divided for clipping. It is
   scaled back by the norm that the step has exchanged.
 - The update is computed back from the moments, which follow from the step: AdamW's own formula.
@@ -12,7 +13,7 @@ Alternatives considered:
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import nan, sqrt
+from math import isnan, nan, sqrt
 
 import torch
 from torch import Tensor
@@ -59,12 +60,14 @@ def tensor_statistics(engine: Engine, result: StepResult, lr: float) -> list[Ten
         if counts:
             _add(sums[index[slot.param_slice.name]], _parts(engine, slot, result.applied, lr))
 
-    rows = Agreement(engine.grid).to_first(sums)
+    agreement, largest = Agreement(engine.grid), sums[:, LARGEST:ELEMENTS:VALUES].contiguous()
+    totals = agreement.sum(sums, "sums of tensors")
+    agreement.largest(largest, "largest values of tensors")
     if engine.grid.rank != 0:
         return []
     # The update's norm is computed in the gradient's place: its elements are gone, its norm is not.
     gone = engine.update_norm.asked and result.applied
-    return [_statistics(name, rows[:, i], result, gone) for name, i in index.items()]
+    return [_statistics(name, totals[i], largest[i], result, gone) for name, i in index.items()]
 
 
 def _parts(engine: Engine, slot: BufferSlot, applied: bool, lr: float) -> list[Tensor]:
@@ -97,18 +100,22 @@ def _add(row: Tensor, parts: list[Tensor]) -> None:
     row[ELEMENTS] += parts[0].numel()
 
 
-def _statistics(name: str, rows: Tensor, result: StepResult, gone: bool) -> TensorStatistics:
-    """Combine the rows [ranks, values] of one tensor; `gone`: those of the gradient are of another.
+def _statistics(
+    name: str, sums: Tensor, largest: Tensor, result: StepResult, gone: bool
+) -> TensorStatistics:
+    """Statistics from the sums [values] of one tensor and its largest magnitudes [parts].
 
-    What is not known is NaN.
+    `gone`: those of the gradient are of another. What is not known is NaN.
     """
-    totals, largest = rows.sum(0).tolist(), rows.max(0).values.tolist()
+    totals = sums.tolist()
     # Of a tensor without elements every share is 0.
     elements = int(totals[ELEMENTS])
     parts = {}
     for number, part in enumerate(PARTS):
         at = number * VALUES
-        norm, most = sqrt(max(totals[at + SQUARES], 0.0)), largest[at + LARGEST]
+        # A maximum over ranks may lose a NaN, a sum does not.
+        square = totals[at + SQUARES]
+        norm, most = (nan, nan) if isnan(square) else (sqrt(square), float(largest[number]))
         if part == "gradient" and gone:
             parts[part] = PartStatistics(result.norms.get(name, nan), nan, nan)
             continue

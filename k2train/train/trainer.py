@@ -18,6 +18,7 @@ from k2train.record.events import Straggler
 from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
 from k2train.train.checkpointing import CheckpointManager
 from k2train.train.choose import Chosen
+from k2train.train.device_use import DeviceUse
 from k2train.train.drill import ResumeDrill
 from k2train.train.engine import Engine
 from k2train.train.evaluation import Evaluation
@@ -27,12 +28,13 @@ from k2train.train.recheck import UnrepeatableError
 from k2train.train.row_exposure import RowExposure
 from k2train.train.run_begin import begin, resume
 from k2train.train.run_end import RECORD_REFUSED, RunEnd
+from k2train.train.run_profile import RunProfile
 from k2train.train.shutdown import OpenRun
 from k2train.train.spike_bundle import SpikeBundles
 from k2train.train.spike_reaction import SpikeReaction
 from k2train.train.state import TrainState
 from k2train.train.step_flags import Agreed
-from k2train.train.step_report import StepReport
+from k2train.train.step_report import Done, StepReport
 from k2train.train.step_result import StepResult
 
 STEP_LIMIT = "run.stop_after_steps"
@@ -54,10 +56,13 @@ class Trainer:
         self.engine, self.batches, self.checkpoints = engine, batches, checkpoints
         self.opened, self.monitor, self.logger = run, run.monitor, run.logger
         self.exposure = RowExposure(start, engine, run.logger)
-        self.report = StepReport(start, self.logger, engine.grid.device)
+        device = engine.grid.device
+        use = DeviceUse(device) if engine.grid.rank == 0 else None
+        self.report = StepReport(start, self.logger, device, use)
         self.evaluation = Evaluation(engine, batches, run)
         self.drill = ResumeDrill(engine, batches, checkpoints, run)
         self.end = RunEnd(start, run, checkpoints)
+        self.profile = RunProfile(start, engine, run)
         self.spikes = SpikeReaction(start, engine, run, checkpoints)
         self.bundles = SpikeBundles(start, engine, run)
         self.first_step = 1
@@ -96,7 +101,10 @@ class Trainer:
             if self.state.step < self.order.total_steps:
                 self.logger.progress(f"step {self.state.step + 1} of {self.order.total_steps}")
             while code is None and self.state.step < self.order.total_steps:
+                self.profile.before_step(self.state.step + 1)
                 code = self._step()
+                self.profile.after_step(self.state.step)
+            self.profile.close()
             code = self.end.finish() if code is None else code
         except (DamagedChunkError, UnavailableChunkError):
             # All ranks leave together, so the save of the previous chunk can still finish.
@@ -153,6 +161,7 @@ class Trainer:
     def train_step(self) -> tuple[StepResult, Agreed]:
         """Train the step of the state's number, and report it; collective."""
         began, state = time.monotonic(), self.state
+        self.profile.step_began(state.step, began)
         flags = self.monitor.begin_step(
             state.step,
             saving=self.checkpoints.writer.active,
@@ -162,22 +171,25 @@ class Trainer:
         fault_injection.set_step(state.step)
         fault_injection.point("step.read")
         first = state.step == self.first_step
-        batch = self.batches.step(state.step, first, self.engine.needs_batch)
+        with self.profile.phase("data"):
+            batch = self.batches.step(state.step, first, self.engine.needs_batch)
 
         lr = self.start.setup.learning_rate(state.step, self.order.total_steps)
         shared = [*self.batches.fed_ids, *flags]
         # A request that comes while the step computes is shared with it.
         self.monitor.share_late_stop(shared, FLAGS)
-        self.exposure.begin(self.order, state.step)
+        row_targets = batch[0].row_targets if batch else None
+        self.exposure.begin(self.order, state.step, row_targets)
         try:
             result = self.engine.train_step(batch, lr, shared)
         except UnrepeatableError as error:
             self.report.rechecked(state.step, error.found)
             raise DamageError(f"step {state.step}: {error}") from None
+        self.profile.step_computed()
         subsets = self.exposure.end()
 
         # The host has waited for the device by now, so this is the real time of the step.
-        seconds = time.monotonic() - began
+        seconds = self.profile.step_ended(began)
         self.checkpoints.step_done(seconds)
         agreed = self.monitor.end_step(seconds, result.flags[FLAGS:])
         fed_ids = self.batches.fed(state.step, result.flags[:FLAGS])
@@ -188,7 +200,9 @@ class Trainer:
         if root is not None:
             self.logger.root(state.step, root)
         state_root = None if root is None else root.root
-        self.report.done(state.step, result, lr, seconds, fed_ids, state_root, subsets)
+        self.report.done(
+            Done(state.step, result, lr, seconds, fed_ids, state_root, subsets, row_targets)
+        )
         if agreed.slow is not None:
             self.logger.event(
                 Straggler(attempt=self.logger.attempt, step=state.step, told=agreed.slow)
@@ -232,7 +246,8 @@ class Trainer:
         if not (last or required or consumed % self.config.checkpoint.every_chunks == 0):
             return
         try:
-            held_out = self.evaluation.run(state.step) if scored else None
+            with self.profile.phase("evaluate"):
+                held_out = self.evaluation.run(state.step) if scored else None
         except (DamagedChunkError, UnavailableChunkError):
             # Save first: otherwise every start would train this chunk again and fail here.
             self._save_end(consumed, None)
@@ -261,7 +276,8 @@ class Trainer:
     def _save(self, name: str, held_out: tuple[HeldOutFacts, ...] | None) -> None:
         """Save a checkpoint, which also meets a request for one."""
         self.owes_save = False
-        self.checkpoints.save(name, self.state, held_out)
+        with self.profile.phase("save"):
+            self.checkpoints.save(name, self.state, held_out)
 
     def _score_loaded(self) -> int | None:
         """Score the end of the chunk that was loaded, and save it under its number.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2train.watchdog.heartbeat import Heartbeat, RankStatus
+from k2train.watchdog.timeouts import limit_key
 
 FaultKind = Literal["failed", "died", "stopped", "silent", "missing", "stuck", "behind"]
 LOST: tuple[FaultKind, ...] = ("failed", "died")
@@ -60,7 +61,10 @@ class FaultyRank:
             f"{record.rank_text()} {what}: {record.phase_text()}, for {seconds:.0f} s; "
             f"{record.collective_text()}"
         )
-        return f"{text}; stacks in {stacks}" if stacks else text
+        if not stacks:
+            return text
+        slow = f"; if it is only slow, raise {limit_key(record.phase)}"
+        return f"{text}; stacks in {stacks}{slow if self.kind in ('stuck', 'behind') else ''}"
 
 
 def fault_kind(status: RankStatus, silent_after: float) -> FaultKind | None:

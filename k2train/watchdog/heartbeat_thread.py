@@ -21,6 +21,12 @@ from k2train.watchdog.shared_progress import PeerProgress
 TRACED_SECONDS = 600.0
 """Time for which the others wait for a rank that a debugger holds: enough to load symbols."""
 
+RANKS_BESIDE = 64
+"""Ranks below and above this one that may run on its machine: those of a machine are consecutive.
+
+Looking for all ranks, a world of 16,384 would open 268 million files while it starts.
+"""
+
 
 class HeartbeatThread(threading.Thread):
     """Writes heartbeats and watches the ranks of this machine until `ended`.
@@ -44,7 +50,9 @@ class HeartbeatThread(threading.Thread):
         self._own, self._diagnosis, self._peer_progress = own, diagnosis, peer_progress
         self._ended, self._exit_process = ended, exit_process
         self._peers: dict[int, Process] = {}
-        self._unseen_ranks = set(range(own.member.world_size)) - {own.member.rank}
+        rank, world_size = own.member.rank, own.member.world_size
+        near = range(max(rank - RANKS_BESIDE, 0), min(rank + RANKS_BESIDE + 1, world_size))
+        self._unseen_ranks = {*near} - {rank}
         self.dead_since: float | None = None
         self.stopped_since: float | None = None
 

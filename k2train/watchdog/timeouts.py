@@ -30,10 +30,17 @@ The phases of a start have the same timeout but separate clocks: hashing checkpo
 the first exchange of each group (`connect`), reading a checkpoint (`load`), the rest. Their length
 depends on the amount to read, so `Watchdog.progress` restarts them.
 """
+LIMITED_BY = {"step": "step_seconds", "evaluate": "evaluate_seconds", "save": "save_seconds"}
+"""Clock -> config key of its timeout; any other clock is a start's."""
 FIRST_STEPS = 5
 """Fewer steps are no basis: the first ones choose and compile kernels."""
 ENOUGH_STEPS = 20
 FLOOR_SECONDS = 10.0
+
+
+def limit_key(phase: str) -> str:
+    """Return the config key that limits a phase: `watch.step_seconds`."""
+    return f"watch.{LIMITED_BY.get(CLOCKS.get(phase, ''), 'start_seconds')}"
 
 
 @dataclass(frozen=True)

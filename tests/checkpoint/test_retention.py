@@ -35,6 +35,7 @@ from k2train.checkpoint.scrub import Scrubber
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import CheckpointError, RunError, UnavailableError
 from tests.checkpoint.test_shards import make_checkpoint, write_manifest
+from tests.support.command_line import HANG_SECONDS
 from tests.support.lanes import lanes
 from tests.support.tiny_corpus import manifest_of
 
@@ -337,9 +338,9 @@ def test_the_audit_runs_by_itself(tmp_path: Path) -> None:
         directory, 0.01, VerifiedCheckpoints(), Told(damaged=lambda path, problem: found.set())
     )
     scrubber.start()
-    assert found.wait(120)
+    assert found.wait(HANG_SECONDS)
     scrubber.close()
-    scrubber._thread.join(120)  # type: ignore[union-attr]
+    scrubber._thread.join(HANG_SECONDS)  # type: ignore[union-attr]
     assert not scrubber._thread.is_alive()  # type: ignore[union-attr]
 
 
@@ -445,7 +446,7 @@ def test_an_error_does_not_end_the_audit(
     )
     scrubber.start()
     try:
-        assert both.wait(120), "the thread is gone"
+        assert both.wait(HANG_SECONDS), "the thread is gone"
         while where == "damaged" and len(lines) < 2:
             time.sleep(0.01)
     finally:

@@ -30,6 +30,7 @@ from k2train.checkpoint.writer import CheckpointWriter, SaveError, snapshot
 from k2train.errors import CheckpointError, RunError, UnavailableError
 from k2train.launch.environment import Launch
 from k2train.parallel.device_digest import StateDigest
+from tests.support.command_line import HANG_SECONDS
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import engine_of, grid_of, save_facts, shapes_of, tiny_config
 
@@ -160,7 +161,7 @@ def no_room_job(
 
     def free(path: Path) -> int:
         looks.append(path)
-        if len(looks) == 2 and not gone_on.wait(60):
+        if len(looks) == 2 and not gone_on.wait(HANG_SECONDS):
             held.append("training waited for room")
         return (
             1000
@@ -224,7 +225,7 @@ def test_a_process_that_must_end_gives_up(pool: GlooPool, tmp_path: Path) -> Non
 
     The next save is committed but not read back.
     """
-    first, second = pool.run(2, hurry_job, str(tmp_path), timeout_seconds=60)
+    first, second = pool.run(2, hurry_job, str(tmp_path))
     assert first["ended"] == second["ended"] and "ckpt_001 could not be saved" in first["ended"]
     assert first["then"] == second["then"] == "" and first["verified"] == []
     verify_checkpoint(tmp_path / "ckpt_002")
@@ -318,7 +319,7 @@ def test_one_that_stays_damaged_is_an_error_and_not_counted(
 
     A run whose newest state is not on the disk has not finished.
     """
-    first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded, timeout_seconds=60)
+    first, second = pool.run(2, damaged_job, str(tmp_path), True, unrecorded)
     assert first["flips"] == 2 and first["verified"] == [] and not first["counted"]
     assert first["ended"] == second["ended"]
     assert first["ended"].startswith("SaveError: ckpt_001 came back damaged from the disk twice: ")
@@ -396,9 +397,7 @@ def test_a_callback_the_disk_refuses_ends_nothing(
 ) -> None:
     """The ledger's disk is full: the checkpoint is intact, and no rank waits for another."""
     error = OSError(28, "No space left on device")
-    first, second = pool.run(
-        2, callback_job, str(tmp_path), which, error, fault, timeout_seconds=60
-    )
+    first, second = pool.run(2, callback_job, str(tmp_path), which, error, fault)
     assert first["ended"] == second["ended"] == "" and second["logged"] == []
     if which == "verified":
         assert (
@@ -415,9 +414,7 @@ def test_a_callback_the_disk_refuses_ends_nothing(
 def test_any_other_error_of_a_callback_is_every_ranks(
     pool: GlooPool, tmp_path: Path, error: Exception
 ) -> None:
-    first, second = pool.run(
-        2, callback_job, str(tmp_path), "verified", error, "", timeout_seconds=60
-    )
+    first, second = pool.run(2, callback_job, str(tmp_path), "verified", error, "")
     assert first["ended"] == second["ended"]
     words = (
         "RunError: the ledger is another's"
@@ -453,7 +450,7 @@ def test_trouble_while_thinning_is_told_and_tried_again(
     pool: GlooPool, tmp_path: Path, fault: str
 ) -> None:
     """A disk that is full is where thinning would help; a healthy run is not ended for it."""
-    first, second = pool.run(2, thinning_job, str(tmp_path), fault, timeout_seconds=60)
+    first, second = pool.run(2, thinning_job, str(tmp_path), fault)
     assert first["ended"] == second["ended"] == "" and second["logged"] == []
     (line,) = first["logged"]
     assert "is saved, but older checkpoints in" in line and "retried after the next save" in line
@@ -509,7 +506,7 @@ def unrecorded_job(launch: Launch, directory: str) -> str:
 
 def test_after_the_rename_nothing_is_tried_again(pool: GlooPool, tmp_path: Path) -> None:
     """It is there and whole; what failed is its record, and that is said."""
-    first, second = pool.run(2, unrecorded_job, str(tmp_path), timeout_seconds=60)
+    first, second = pool.run(2, unrecorded_job, str(tmp_path))
     assert (
         first == second
         and first.startswith("SaveError: ckpt_001 is in ")

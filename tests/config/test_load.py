@@ -18,6 +18,7 @@ from k2train.config.load import (
     load_config,
     to_yaml,
 )
+from k2train.data.prepare.load_recipe import load_recipe
 from k2train.errors import ConfigError
 from tests.support.config_case import MINIMAL, Write, mistakes, only
 
@@ -133,8 +134,8 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("precision=fp16", "precision: fp16 is not one of auto, bf16, fp32; nearest is bf16"),
         (
             "parallel.schedule=1f1bb",
-            "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v; "
-            "nearest is 1f1b",
+            "parallel.schedule: 1f1bb is not one of 1f1b, gpipe, interleaved, zb-h1, zb-h2, zb-v, "
+            "auto; nearest is 1f1b",
         ),
         ("run.name=a/b", "nearest is a-b"),
         ("run.name=..", "run.name: must be one path component"),
@@ -175,7 +176,7 @@ def test_number_spellings_reach_the_fields(write: Write) -> None:
         ("model.hiden_size=3", "model.hiden_size: unknown key; nearest is model.hidden_size"),
         ("tensor=2", "tensor: unknown key; nearest is parallel.tensor"),
         ("data.hidden_size=2", "data.hidden_size: unknown key; nearest is model.hidden_size"),
-        ("wandb.zzz=2", "wandb.zzz: unknown key; legal are mode, project"),
+        ("wandb.zzz=2", "wandb.zzz: unknown key; legal are mode, project, entity"),
         ("--parallel.tensor=2", "overrides take no dashes; write parallel.tensor=2"),
         ("parallel.tensor", "an override is written section.key=value"),
         ("parallel..tensor=2", "an override is written section.key=value"),
@@ -280,16 +281,16 @@ def test_every_planted_mistake_is_told_in_one_go(write: Write) -> None:
 def test_mistakes_of_overrides_come_along(write: Write) -> None:
     """Catches overrides checked only once the file is clean."""
     lines = mistakes(
-        write(MINIMAL.replace("seed: 1", "sed: 1")), "parallel.tensr=2", "parallel.pipeline=3"
+        write(MINIMAL.replace("seed: 1", "sed: 1")), "parallel.tensr=2", "parallel.pipeline=9"
     )
     assert lines == [
         "c.yaml:3: run.sed: unknown key; nearest is run.seed",
         "override 'parallel.tensr=2': parallel.tensr: unknown key; nearest is parallel.tensor",
         (
-            "override 'parallel.pipeline=3': model.num_layers (8) must be divisible by "
-            "parallel.pipeline (3) * "
-            "parallel.stages_per_rank (1) = 3; nearest parallel.pipeline: 2, 4; nearest "
-            "model.num_layers: 6, 9"
+            "override 'parallel.pipeline=9': model.num_layers (8) must be at least "
+            "parallel.pipeline (9) * "
+            "parallel.stages_per_rank (1) = 9; nearest parallel.pipeline: 8; nearest "
+            "model.num_layers: 9"
         ),
     ]
 
@@ -307,6 +308,22 @@ def test_missing_keys_and_sections(write: Write) -> None:
 
 
 # --- explaining and writing back ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ("demo", "k2_65b"))
+def test_recipe_and_config_are_told_apart(stage: str) -> None:
+    """Catches a page of unknown keys for the other one of two files with similar names."""
+    folder = ROOT / "configs" / stage
+    with pytest.raises(ConfigError) as error:
+        load_config(str(folder / "data_stage1.yaml"))
+    (line,) = str(error.value).splitlines()
+    assert "is a recipe of data, which prepare-data takes" in line
+    assert line.endswith("the config of a run has the sections run, model, data, batch and more")
+
+    with pytest.raises(ConfigError) as error:
+        load_recipe(str(folder / "stage1.yaml"))
+    (line,) = str(error.value).splitlines()
+    assert "is the config of a run, which python -m k2train.train takes" in line
 
 
 def test_explain_says_where_each_value_comes_from(write: Write) -> None:

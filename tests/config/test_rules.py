@@ -17,6 +17,7 @@ from tests.support.config_case import MINIMAL, Write, mistakes, only
 
 # --- rules between keys ---------------------------------------------------------------------------
 
+EVEN = "parallel.layers_per_stage=null"
 RULES = [
     (
         ["kernels.recompute_layers=2"],
@@ -27,7 +28,7 @@ RULES = [
         ),
     ),
     (
-        ["kernels.recompute=full", "kernels.recompute_layers=5", "parallel.pipeline=2"],
+        ["kernels.recompute=full", "kernels.recompute_layers=5", "parallel.pipeline=2", EVEN],
         (
             "kernels.recompute_layers (5) must be at most the layers of a pipeline stage (4); "
             "lower it, or leave it out for all of them"
@@ -104,7 +105,7 @@ RULES = [
         ),
     ),
     (
-        ["parallel.pipeline=4", "parallel.stages_per_rank=3"],
+        ["parallel.pipeline=4", "parallel.stages_per_rank=3", EVEN],
         (
             "model.num_layers (8) must be divisible by parallel.pipeline (4) * "
             "parallel.stages_per_rank (3) = 12; "
@@ -127,11 +128,12 @@ RULES = [
         ),
     ),
     (
-        ["parallel.pipeline=3", "parallel.schedule=zb-v"],
+        ["parallel.pipeline=3", "parallel.schedule=zb-v", EVEN],
         (
             "model.num_layers (8) must be divisible by parallel.pipeline (3) * "
             "parallel.stages_per_rank (2) = 6; "
-            "nearest parallel.pipeline: 2, 4; nearest model.num_layers: 6, 12"
+            "nearest parallel.pipeline: 2, 4; nearest model.num_layers: 6, 12; or "
+            "parallel.layers_per_stage: auto"
         ),
     ),
     (
@@ -232,7 +234,7 @@ def test_suggestions_pass_the_other_rules_of_the_same_knob(write: Write) -> None
     )
     first = mistakes(write(MINIMAL), *shape, "parallel.tensor=5", "parallel.sequence=false")[0]
     assert first.endswith("; nearest parallel.tensor: 4, 6")
-    grid = ["model.num_layers=6", "parallel.pipeline=4", "parallel.schedule=interleaved"]
+    grid = ["model.num_layers=6", "parallel.pipeline=4", "parallel.schedule=interleaved", EVEN]
     assert any(
         "= 4; nearest parallel.pipeline: 3; " in line for line in mistakes(write(MINIMAL), *grid)
     )

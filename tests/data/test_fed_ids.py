@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import xxhash
 
-from k2train.data.fed_ids import FLAGS, agreed_ids, fingerprint_of_step, flags_of, sum_of_rows
+from k2train.data.fed_ids import (
+    FLAGS,
+    NOT_LEARNED,
+    agreed_ids,
+    fingerprint_of_step,
+    flags_of,
+    sum_of_rows,
+    with_labels,
+)
+from k2train.parallel.cross_entropy import IGNORE
 
 ROWS, LENGTH = 12, 7
 
@@ -26,6 +35,17 @@ def by_hand(ids: np.ndarray) -> str:
 @pytest.mark.parametrize("dtype", ["int64", "uint16", "uint32", ">u4"])
 def test_the_formula_whatever_the_numbers_are_stored_as(dtype: str) -> None:
     assert fingerprint_of_step(batch(dtype)) == by_hand(batch())
+
+
+def test_labels_are_hashed_behind_the_ids() -> None:
+    """Catches a mask that no step's record holds, and another label than the loss ignores."""
+    ids, learned = batch("uint16"), batch() % 3 == 0
+    rows = [
+        [*row, *(token if mark else 2**32 - 100 for token, mark in zip(row, marks, strict=True))]
+        for row, marks in zip(ids.tolist(), learned.tolist(), strict=True)
+    ]
+    assert fingerprint_of_step(with_labels(ids, learned)) == by_hand(np.array(rows))
+    assert NOT_LEARNED == IGNORE
 
 
 def test_rows_of_a_larger_array_are_hashed_as_rows() -> None:

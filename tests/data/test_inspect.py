@@ -232,7 +232,7 @@ def test_every_part_that_is_left_out_is_said(tmp_path: Path) -> None:
         "5 documents outside the interval documents (5 B)",
         "6 documents outside the share (6 B)",
         "7 documents with a text that was there before (70 tokens)",
-        "1.0K tokens (25 %, about 18 documents) by the smallest subset",
+        "1.0K tokens (25%, about 18 documents) by the smallest subset",
         "9 tokens of the last pass, by repeat",
         "8 tokens at the end, less than a sample",
         "10 tokens held out, beyond the rows",

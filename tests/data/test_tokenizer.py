@@ -694,7 +694,10 @@ def test_long_lines_are_cut_in_front_of_spaces(line: str, limit: int) -> None:
     ("words", "printed_text"),
     [
         (["t.model"], "required: FILE_OR_GLOB, --vocab-size"),
-        (["t.model", "a.txt", "--vocab-size", "many"], "--vocab-size: invalid int value: 'many'"),
+        (
+            ["t.model", "a.txt", "--vocab-size", "many"],
+            "--vocab-size: must be a whole number, not 'many'",
+        ),
         (["t.model", "a.txt", "--vocab-size", "0"], "--vocab-size (0) must be at least 1"),
         (
             ["t.model", "a.txt", "--vocab-size", "300", "--max-bytes", "-1"],

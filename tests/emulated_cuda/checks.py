@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.emulated_cuda.mode import JOURNAL, waits
@@ -193,6 +194,68 @@ def of_attention() -> dict[str, list[float]]:
             float((one - other).abs().max()) for one, other in zip(*results, strict=True)
         ]
     return found
+
+
+BORDERS = (0, 3, 4, 16, 21, 32)
+"""Documents of two rows of 16 tokens; none crosses the end of a row."""
+
+
+def _on_device(dtype: torch.dtype = torch.int32) -> Tensor:
+    return torch.tensor(BORDERS, dtype=dtype, device=CUDA)
+
+
+def of_documents() -> dict[str, list[float]]:
+    """The same differences of torch's attention within documents, from a mask in fp64.
+
+    `mistaken`: from attention that stops at the ends of rows only.
+    """
+    found = {}
+    ids = torch.bucketize(torch.arange(32), torch.tensor(BORDERS[1:]), right=True)
+    for name, kv_heads, blocks in (
+        ("alone", 4, ids),
+        ("grouped", 2, ids),
+        ("mistaken", 4, torch.arange(32) // 16),
+    ):
+        draw = torch.Generator().manual_seed(3)
+        shapes = [(32, n, 8) for n in (4, kv_heads, kv_heads, 4)]
+        *inputs, dy = [torch.randn(shape, generator=draw).bfloat16() for shape in shapes]
+        mask = (blocks[:, None] == blocks[None, :]).tril()
+
+        host = [x.double().requires_grad_() for x in inputs]
+        with sdpa_kernel(SDPBackend.MATH):
+            wanted = _attention(*(x.transpose(0, 1)[None] for x in host), mask)[0].transpose(0, 1)
+        wanted.backward(dy.double())
+
+        here = [x.to(CUDA, copy=True).requires_grad_() for x in inputs]
+        out = varlen_attn(
+            *here, _on_device(), _on_device(), 12, 12, window_size=(-1, 0), enable_gqa=True
+        )
+        out.backward(dy.to(CUDA))
+        pairs = zip((out, *(x.grad for x in here)), (wanted, *(x.grad for x in host)), strict=True)
+        found[name] = [
+            float((mine.detach().cpu().double() - theirs.detach()).abs().max())
+            for mine, theirs in pairs
+        ]
+    return found
+
+
+def of_refused_documents() -> dict[str, str]:
+    """What comes of documents that the GPU's kernel does not take, or computes in part."""
+
+    def attend(borders: Tensor, longest: int = 12, width: int = 8) -> str:
+        x = torch.ones(32, 2, width, dtype=torch.bfloat16, device=CUDA)
+        return error_of(
+            lambda: varlen_attn(x, x, x, borders, borders, longest, longest, window_size=(-1, 0))
+        )
+
+    return {
+        "right": attend(_on_device()),
+        "short": attend(_on_device(), 11),
+        "wide": attend(_on_device(torch.int64)),
+        "few": attend(_on_device()[:-1]),
+        "host": attend(torch.tensor(BORDERS, dtype=torch.int32)),
+        "narrow": attend(_on_device(), width=12),
+    }
 
 
 def of_kernels() -> dict[str, float]:

@@ -53,13 +53,18 @@ def engine_on(launch: Launch, device_type: str, changes: Mapping[str, Any]) -> E
 
 
 def batch_of(engine: Engine, step: int) -> list[Any]:
-    """This rank's micro-batches of a step, on its device; documents of 5 tokens where wanted."""
+    """This rank's micro-batches of a step, on its device.
+
+    Where wanted, with documents of 5 tokens, of which the first one of a row is often shorter.
+    """
     tokens, dp = global_batch(engine.config, step), engine.grid.dp
     mine = tokens.shape[0] // dp.size
-    tokens = tokens[dp.rank * mine : (dp.rank + 1) * mine]
+    own = slice(dp.rank * mine, (dp.rank + 1) * mine)
     documents = None
     if engine.setup.block:
-        documents = (torch.arange(tokens.shape[1], dtype=torch.int32) // 5).expand(tokens.shape)
+        rows, positions = (torch.arange(size, dtype=torch.int32) for size in tokens.shape)
+        documents = ((positions + rows[:, None] % 5) // 5)[own]
+    tokens = tokens[own]
     return [part.to(engine.grid.device) for part in split(engine.config, tokens, documents)]
 
 

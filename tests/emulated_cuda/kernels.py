@@ -5,7 +5,8 @@ kernel refuses. Attention is softmax(q k^T scale) v in fp32 (Vaswani et al. 2017
 dS = P (dP - rowsum(dO O)) (Dao et al. 2022, arXiv:2205.14135, appendix B.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -98,6 +99,73 @@ def _flash_backward(
     return _backward(dout, q, k, v, out, causal, scale, None)
 
 
+def _documents(
+    q: Tensor, k: Tensor, cum_q: Tensor | None, cum_k: Tensor | None, longest: int, causal: bool,
+    window: tuple[int | None, int | None],
+) -> list[slice]:  # fmt: skip
+    """Return the tokens of each document of [tokens, n, d]; refuse what the kernel does.
+
+    It starts blocks of queries for `longest` positions of a document, so of a longer one the rest
+    would never be written. That is refused here.
+    """
+    _need_halves("flash", q)
+    if cum_q is None or cum_k is None:
+        raise NotImplementedError("flash attention without documents has a twin of its own")
+    for cum in (cum_q, cum_k):
+        if cum.dtype != torch.int32 or not cum.is_contiguous():
+            raise RuntimeError(f"cumulative lengths are contiguous int32, not {cum.dtype}")
+    borders = cum_q.tolist()
+    lengths = [stop - start for start, stop in pairwise(borders)]
+    if borders != cum_k.tolist() or borders[0] != 0 or borders[-1] != len(q) or len(q) != len(k):
+        raise RuntimeError(f"documents of {borders} are not those of {len(q)} tokens")
+    if min(lengths) < 1 or max(lengths) > longest:
+        raise RuntimeError(f"documents of {lengths} tokens, said to have {longest} at most")
+    if not causal or window not in ((-1, 0), (None, None), (-1, -1)):
+        raise NotImplementedError(f"a window of {window} has no twin")
+    return [slice(start, stop) for start, stop in pairwise(borders)]
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[tokens, n, d] -> [1, n, tokens, d]."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def _tokens_first(parts: Iterable[Tensor]) -> Tensor:
+    """[1, n, length, d] of each document -> [tokens, n, d]."""
+    return torch.cat([part[0].transpose(0, 1) for part in parts])
+
+
+def _flash_within(
+    q: Tensor, k: Tensor, v: Tensor, cum_q: Tensor | None, cum_k: Tensor | None, max_q: int,
+    max_k: int, dropout: float, causal: bool, debug: bool = False, *, scale: float | None = None,
+    window_size_left: int | None = None, window_size_right: int | None = None,
+    seqused_k: None = None, alibi_slopes: None = None, block_table: None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    window = window_size_left, window_size_right
+    found = [
+        _forward(*(_heads_first(x[part]) for x in (q, k, v)), causal, scale, None)
+        for part in _documents(q, k, cum_q, cum_k, min(max_q, max_k), causal, window)
+    ]
+    total = torch.cat([total[0] for _, total in found], dim=-1)
+    state = torch.zeros(2, dtype=torch.uint64)
+    return _tokens_first(out for out, _ in found), total, state, _seeds()[0], torch.empty(0)
+
+
+def _flash_within_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, total: Tensor, cum_q: Tensor,
+    cum_k: Tensor, max_q: int, max_k: int, dropout: float, causal: bool, state: Tensor,
+    unused: Tensor, *, scale: float | None = None, window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    window = window_size_left, window_size_right
+    found = [
+        _backward(*(_heads_first(x[part]) for x in (dout, q, k, v, out)), causal, scale, None)
+        for part in _documents(q, k, cum_q, cum_k, min(max_q, max_k), causal, window)
+    ]
+    return tuple(_tokens_first(parts) for parts in zip(*found, strict=True))
+
+
 def _cudnn(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, with_total: bool, dropout: float = 0.0,
     causal: bool = False, debug: bool = False, *, scale: float | None = None,
@@ -168,6 +236,8 @@ def _addmm_into(
 TWINS: dict[Any, Callable[..., Any]] = {
     aten._scaled_dot_product_flash_attention.default: _flash,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._flash_attention_forward.default: _flash_within,
+    aten._flash_attention_backward.default: _flash_within_backward,
     aten._scaled_dot_product_cudnn_attention.default: _cudnn,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     aten._scaled_dot_product_efficient_attention.default: _efficient,

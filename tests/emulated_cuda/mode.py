@@ -1,6 +1,7 @@
 """Dispatch mode that computes CUDA operations on the CPU, and notes where the host waits.
 
 - An operation on CUDA tensors runs on CPU tensors over the same memory; results get device memory.
+- An operator of torch that is Python inside runs as it is, and what it calls is emulated.
 - Views and allocations run natively, so torch's own allocator and stream bookkeeping are used.
 - CPU and CUDA tensors in one operation raise RuntimeError, as on a GPU. A CPU scalar is allowed.
 - A *wait* is where the host stops until the device has done all that was queued: reading a value,
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import k2train
@@ -50,6 +52,8 @@ NATIVE = {
     torch.ops.prim.device.default,
 }
 """Operations that need no kernel, and no copy, on a device."""
+IN_PYTHON = "torch_attn"
+"""Namespace of the operators that torch has written in Python, of operations that are emulated."""
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_copy_from")
 READS = (
     "aten::_local_scalar_dense",
@@ -134,6 +138,9 @@ class EmulatedCuda(TorchDispatchMode):
 
         name = func._schema.name
         JOURNAL.operations[name] += 1
+        if func.namespace == IN_PYTHON:
+            with self:
+                return OPDEFS[name]._init_fn(*args, **kwargs)
         if _is_native(func):
             return func(*args, **kwargs)
         if (begun := exchange(func, args, kwargs)) is not None:

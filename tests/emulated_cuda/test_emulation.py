@@ -108,5 +108,25 @@ def test_twins_of_attention_compute_attention(found: dict[str, Any]) -> None:
         assert max(differences) > 0, f"{name} ran on the host"
 
 
+def test_documents_have_twins(found: dict[str, Any]) -> None:
+    """Catches a twin that looks over a border. bf16 as above; what is beyond one is of order 1."""
+    documents = dict(found["documents"])
+    assert min(documents.pop("mistaken")) > 0.3
+    for name, differences in documents.items():
+        assert 0 < max(differences) < 4e-2, (name, differences)
+
+
+def test_documents_that_a_gpu_does_not_take_are_refused(found: dict[str, Any]) -> None:
+    """Catches a call that would leave rows unwritten on a device, or raise there."""
+    refused = dict(found["refused_documents"])
+    assert refused.pop("right") == ""
+    assert "said to have 11 at most" in refused.pop("short")
+    assert "contiguous int32, not torch.int64" in refused.pop("wide")
+    assert "are not those of 32 tokens" in refused.pop("few")
+    assert refused.pop("host").startswith("RuntimeError: Expected all tensors to be on the same")
+    assert "heads of 12" in refused.pop("narrow")
+    assert not refused
+
+
 def test_other_twins_compute_what_the_host_computes(found: dict[str, Any]) -> None:
     assert max(found["kernels"].values()) < 3e-6, found["kernels"]

@@ -66,6 +66,41 @@ def test_bf16_steps_are_those_of_the_cpu(cuda_pool: GlooPool, attention: str) ->
     assert waits_once(cuda), cuda.waits
 
 
+WITHIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": ("varlen", {}),
+    "flash grouped": (
+        "varlen",
+        {
+            "kernels__attention": "flash",
+            "model__num_kv_heads": 2,
+            "kernels__recompute": "selective",
+        },
+    ),
+    "sdpa": ("masked", {"kernels__attention": "sdpa"}),
+}
+
+
+@pytest.mark.parametrize("case", sorted(WITHIN))
+def test_bf16_steps_within_documents_are_those_of_the_cpu(cuda_pool: GlooPool, case: str) -> None:
+    """Within bf16 rounding, as above. The CPU has packed documents, a device takes their borders.
+
+    Catches borders of other rows, and lengths that the host asks the device for.
+    """
+    method, changes = WITHIN[case]
+    both = {**BF16, "data__cross_documents": "block", **changes}
+    cpu = trained(cuda_pool, "cpu", **{**both, "kernels__attention": "auto"})
+    cuda = trained(cuda_pool, "cuda", **both)
+    assert f"documents {method}" in cuda.kernels and "documents packed" in cpu.kernels
+    assert cuda.losses == pytest.approx(cpu.losses, rel=1e-3)
+    assert cuda.norms == pytest.approx(cpu.norms, rel=1e-2)
+    assert cuda.held_out == pytest.approx(cpu.held_out, rel=3e-3)
+    assert cuda.losses != cpu.losses, "the same kernels have run"
+    assert waits_once(cuda), cuda.waits
+
+    attend = trained(cuda_pool, "cuda", **{**both, "data__cross_documents": "attend"})
+    assert attend.norms != pytest.approx(cpu.norms, rel=2e-2), "borders change nothing to see"
+
+
 def test_recompute_changes_no_bit(cuda_pool: GlooPool) -> None:
     """Catches a layer that computes another thing when it computes it again."""
     kept = trained(cuda_pool, "cuda", **BF16)

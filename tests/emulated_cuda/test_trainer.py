@@ -12,6 +12,7 @@ import pytest
 from k2train.checkpoint.file_digest import verify_root
 from k2train.checkpoint.manifest import list_checkpoints
 from k2train.checkpoint.verify import verify_checkpoint
+from k2train.planner.compare_run import compare_run, read_run
 from k2train.record.metrics import StepRecord, latest
 from tests.emulated_cuda.conftest import Train
 from tests.support.tiny_corpus import audited_tree, make_corpus, write_yaml
@@ -57,9 +58,12 @@ def root_of(base: Path, name: str) -> str:
 
 @pytest.mark.parametrize("world", sorted(WORLDS))
 def test_a_stopped_run_goes_on_to_the_bit(base: Path, cuda_train: Train, world: str) -> None:
-    """Replicas and state are audited in every step; 75 says that there is more to do."""
+    """Replicas and state are audited in every step; 75 says that there is more to do.
+
+    The run that goes straight on also records its actions, which changes no bit of it.
+    """
     processes, changes = WORLDS[world]
-    straight = config_of(base, f"{world}-straight", **changes)
+    straight = config_of(base, f"{world}-straight", **changes, profile__actions=[2, 3])
     ended = cuda_train(straight, processes=processes)
     assert ended.returncode == 0, ended.stderr
     assert "on cuda" in ended.stderr, ended.stderr
@@ -69,6 +73,10 @@ def test_a_stopped_run_goes_on_to_the_bit(base: Path, cuda_train: Train, world: 
     assert stopped.returncode == 75, stopped.stderr
     ended = cuda_train(broken, processes=processes)
     assert ended.returncode == 0, ended.stderr
+
+    compared = compare_run(read_run(base / "runs" / f"{world}-straight"), None)
+    assert compared.run.device_type == "cuda" and len(compared.run.traces) == processes
+    assert compared.comparison is not None and compared.comparison.measured.steps == (2, 3)
 
     root = root_of(base, f"{world}-straight")
     assert root and root_of(base, f"{world}-broken") == root

@@ -53,6 +53,20 @@ def test_a_world_of_four_trains_as_one_process(cuda_pool: GlooPool, world: str) 
     assert found[0].losses == pytest.approx(cpu.losses, rel=1e-6)
 
 
+def test_two_tensor_ranks_stop_at_the_borders_of_one(cuda_pool: GlooPool) -> None:
+    """Within bf16 rounding, 2^-9 for every activation. Catches borders that a rank counts itself,
+    and a shape of a rank's heads that the kernel for documents does not take.
+    """
+    changes = {"precision": "bf16", "data__cross_documents": "block"}
+    alone = trained(cuda_pool, 1, device="cpu", **changes)[0]
+    found = trained(cuda_pool, 2, **changes, parallel__tensor=2)
+    assert found[0].losses == pytest.approx(alone.losses, rel=1e-3)
+    assert found[0].norms == pytest.approx(alone.norms, rel=1e-2)
+    for rank in found:
+        assert "documents varlen" in rank.kernels
+        assert waits_once(rank), rank.waits
+
+
 STRUCK = (
     ("pp2 dp2", 0, 2, "huge", "layers.0.mlp.gate.weight"),
     ("pp2 dp2", 3, 3, "nan", "norm.weight"),

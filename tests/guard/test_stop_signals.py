@@ -12,7 +12,7 @@ import pytest
 
 from k2train import early_signals
 from k2train.guard.stop_signals import SIGNALS, StopAsked, StopRequest, run_hearing
-from tests.support.command_line import soon
+from tests.support.command_line import HANG_SECONDS, soon
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,7 +97,7 @@ def test_a_process_finishes_its_step_after_sigterm() -> None:
     )
     assert process.stdout is not None and process.stdout.readline() == "in\n"
     process.terminate()
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=HANG_SECONDS)
     assert (process.returncode, rest) == (75, "saved SIGTERM\n")
 
 
@@ -159,7 +159,7 @@ def test_another_thread_may_ask() -> None:
         with pytest.raises(StopAsked, match="STOP file"):
             thread.start()
             # Bounded: no signal comes where nobody sends one.
-            soon(lambda: False, 10)
+            soon(lambda: False)
         thread.join()
         assert stop.requested == "STOP file" and not stop.starting
 

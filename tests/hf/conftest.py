@@ -15,7 +15,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run in bf16 with grouped heads and stretched positions, five steps."""
     pytest.importorskip("transformers")
     base = tmp_path_factory.mktemp("trained")
-    make_corpus(base / "data", 2)
+    make_corpus(base / "data", 2, tokenizer="ab" * 32)
     tree = config_tree(
         base / "data" / "manifest.json",
         base / "runs",
@@ -23,6 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         parallel={"tensor": 2, "pipeline": 2},
         data__order=[0],
         model__num_kv_heads=2,
+        model__vocab_size=361,
         model__rope_theta=500.0,
         model__rope_scaling={"type": "llama3", **LLAMA3},
         model__norm_eps=1e-3,

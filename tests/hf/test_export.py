@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,22 @@ import numpy as np
 import pytest
 import torch
 
+from k2train.data.load_tokenizer import load_tokenizer
 from k2train.data.tokenizer import Tokenizer
 from k2train.errors import CheckpointError, RunError, UnavailableError
+from k2train.files import OwnFolder
 from k2train.hf import export as export_module
 from k2train.hf.checkpoint_source import CheckpointSource, checkpoints_to_try
 from k2train.hf.export import CheckFailedError, ExportOptions, export
 from k2train.hf.names import transformers_name
-from tests.support.hugging_face import LLAMA3, checkpoint_tensors, tensors_of
+from tests.support.hugging_face import (
+    K2_TEMPLATE,
+    LLAMA3,
+    MARKERS,
+    checkpoint_tensors,
+    tensors_of,
+)
+from tests.support.json_tokenizers import make_json_tokenizer
 
 QUICK = ExportOptions(check=False)
 
@@ -71,6 +81,53 @@ def test_a_stranger_loads_it(trained: Path, tokenizer: Tokenizer, tmp_path: Path
         tokenizer.encode(" spelt 7")
     )
     assert text == " spelt 7"
+
+
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`config.json` and `generation_config.json` of a folder."""
+    names = ("config.json", "generation_config.json")
+    model, generation = (json.loads((folder / name).read_text()) for name in names)
+    return model, generation
+
+
+def test_a_run_that_has_learned_conversations(
+    trained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Catches a folder whose answers go on into the next turn, and one that says spare rows."""
+    chat = Tokenizer(tokenizer.model, ("<fim_prefix>", *MARKERS))
+    options = ExportOptions(chat_template=K2_TEMPLATE)
+    said: list[str] = []
+    source = CheckpointSource(newest(trained))
+    export(source, tmp_path / "out", chat, options, said.append)
+    assert "chat template: an answer ends at </s>, <|endofchat|>" in said
+    model, generation = contents(tmp_path / "out")
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, 2, None)
+    assert generation["eos_token_id"] == [2, chat.special_id("<|endofchat|>")]
+    assert generation["suppress_tokens"] == list(range(345, 361))
+    record = json.loads((tmp_path / "out" / "k2train_export.json").read_text())
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(record["files"]) == written - {"k2train_export.json"}
+    for name, facts in record["files"].items():
+        assert sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == facts["sha256"]
+
+
+def test_ids_of_a_tokenizer_json(trained: Path, tmp_path: Path) -> None:
+    """Catches the ids of LLaMA's sentencepiece model in a folder with another vocabulary, and in
+    one without a tokenizer, where nobody knows them.
+    """
+    made = load_tokenizer(make_json_tokenizer(tmp_path / "tok", "digits", 330))
+    source = CheckpointSource(newest(trained))
+    export(source, tmp_path / "a", made, ExportOptions())
+    model, generation = contents(tmp_path / "a")
+    ids = (None, made.eos_id, made.pad_id)
+    assert made.eos_id == 0 and made.pad_id == 1
+    assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == ids
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == ids[1:]
+    assert generation["suppress_tokens"] == list(range(330, 361))
+    export(source, tmp_path / "b", None, QUICK)
+    model, generation = contents(tmp_path / "b")
+    assert model["bos_token_id"] is None and model["eos_token_id"] is None
+    assert generation["eos_token_id"] is None and "suppress_tokens" not in generation
 
 
 def test_a_large_model_is_checked_in_parts(
@@ -153,6 +210,17 @@ def test_a_flipped_byte_leaves_nothing(trained: Path, tmp_path: Path) -> None:
         export(source, tmp_path / "out", None, QUICK)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt_001"]
+
+
+def test_two_at_once_do_not_mix(trained: Path, tmp_path: Path) -> None:
+    """Catches a second export that takes away what the first one writes."""
+    own = OwnFolder(tmp_path / ".out.export.tmp")
+    (own.path / "file").touch()
+    with pytest.raises(RunError, match="is being written by another export"):
+        export(CheckpointSource(newest(trained)), tmp_path / "out", None, QUICK)
+    assert (own.path / "file").exists()
+    own.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing(

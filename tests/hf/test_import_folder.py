@@ -262,3 +262,31 @@ def test_the_check_sees_one_value(folder: Path, tmp_path: Path) -> None:
     wrong = check_model(source.architecture, changed, tmp_path / "out", 32)
     assert right.problem == "" and "computes other logits" in wrong.problem
     assert transformers_name("layers.1.attention.key.weight") in tensors_of(folder)
+
+
+def test_a_failed_import_leaves_no_folder(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Catches a traceback of a strange tokenizer file, and an empty run directory."""
+    shutil.copytree(folder, tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf", tokenizer, 64)
+    for content in ('{"added_tokens_decoder": {"x": 3}}', '{"added_tokens_decoder": {"7": 3}}'):
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(content)
+        with pytest.raises(
+            DataError, match=r"tokenizer\.model: the added tokens beside it are none"
+        ):
+            imported(tmp_path / "hf", tmp_path / "runs" / "r")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ids_of_a_folder_without_a_tokenizer_come_back(folder: Path, tmp_path: Path) -> None:
+    """Catches LLaMA's ids in an export of a model with other ones."""
+    shutil.copytree(folder, tmp_path / "hf")
+    edit(tmp_path / "hf" / "config.json", bos_token_id=7, eos_token_id=[9, 8], pad_token_id=None)
+    export(
+        CheckpointSource(imported(tmp_path / "hf", tmp_path / "run")), tmp_path / "out", None, QUICK
+    )
+    for name in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "out" / name).read_text())
+        assert (content["bos_token_id"], content["eos_token_id"]) == (7, 9)
+        assert content.get("pad_token_id") is None

@@ -2,11 +2,19 @@
 alone, or of another layout, and answers that do not end.
 """
 
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from k2train.checkpoint.manifest import read_manifest
+from k2train.errors import RunError, UnavailableError, UserError
+from k2train.inference import session
 from k2train.inference.generate import Answer, generate
 from k2train.inference.model import LanguageModel
 from k2train.inference.options import Limits, Sampling
@@ -96,6 +104,79 @@ def test_a_layout_changes_nothing(
     expected = [ids(generate(model, prompts, limits(), way)) for way in (Sampling(), DRAWN)]
     world = tensor * pipeline
     assert pool.run(world, layout_job, source, tensor, pipeline, stages) == [expected] * world
+
+
+def session_job(launch: Launch, source: Source, older: Source) -> Any:
+    """A session in the pool's process group, with what each rank found by itself."""
+    with (
+        patch.object(session, "start_process_group"),
+        patch.object(session, "stop_process_group"),
+        session.opened(older if launch.rank else source, launch, 2, 1, fp32=False) as model,
+    ):
+        return ids(generate(model, prompts_of(LENGTHS), limits()))
+
+
+def test_every_rank_reads_the_checkpoint_of_rank_0(
+    pool: GlooPool, source: Source, model: LanguageModel
+) -> None:
+    """Catches a model that is half of an older checkpoint: a run saved while the ranks began."""
+    path = source.path.with_name("ckpt_000")
+    older = replace(source, path=path, manifest=read_manifest(path))
+    expected = ids(generate(model, prompts_of(LENGTHS), limits()))
+    assert ids(generate(LanguageModel(older), prompts_of(LENGTHS), limits())) != expected
+    assert pool.run(2, session_job, source, older) == [expected] * 2
+
+
+def share_job(launch: Launch) -> list[int] | str:
+    """What each rank of two replicas of two stages hears; the choice of the first one fails."""
+    grid = ProcessGrid(Layout(pipeline=2, data=2), launch.rank, torch.device("cpu"))
+    model = object.__new__(LanguageModel)
+    model.tp, model.pp, model.device = grid.tp, grid.pp, grid.device
+    model.is_last = grid.pp.rank == 1
+
+    def chosen() -> torch.Tensor:
+        assert model.is_last, "chosen where the logits are"
+        if grid.dp.rank == 0:
+            raise UserError("logits of the läst stage")
+        return torch.tensor([3, -1])
+
+    try:
+        return list(model.share(2, chosen).tolist())
+    except UserError as error:
+        return str(error)
+
+
+def test_an_error_of_the_last_stage_is_that_of_its_replica(pool: GlooPool) -> None:
+    """Catches a stage that waits for one that has given up, and another replica that ends."""
+    ranks = pool.run(4, share_job)
+    assert ranks == ["logits of the läst stage", [3, -1]] * 2
+
+
+def write_job(launch: Launch, where: Path, wrong: str) -> Any:
+    """What each rank learns of a write that rank 0 alone does."""
+    grid = ProcessGrid(Layout.for_world(launch.world_size), launch.rank, torch.device("cpu"))
+
+    def write() -> int:
+        if wrong == "disk":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if wrong == "mistake":
+            raise RunError("not so")
+        return 10 + launch.rank
+
+    try:
+        return session.on_first(grid, write, where)
+    except (UserError, UnavailableError) as error:
+        return type(error).__name__, str(error), getattr(error, "number", None)
+
+
+def test_every_rank_learns_what_rank_0_could_not_write(pool: GlooPool, tmp_path: Path) -> None:
+    """Catches ranks that wait forever for one that is gone, or that end with another text."""
+    assert pool.run(2, write_job, tmp_path, "") == [10, None]
+    full = f"{tmp_path} cannot be written: No space left on device"
+    told = pool.run(2, write_job, tmp_path, "disk")
+    assert told == [("UnavailableError", full, errno.ENOSPC)] * 2
+    assert pool.run(2, write_job, tmp_path, "mistake") == [("RunError", "not so", None)] * 2
+    assert session.on_first(None, lambda: 3, tmp_path) == 3
 
 
 def test_an_answer_ends(model: LanguageModel) -> None:

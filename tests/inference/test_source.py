@@ -4,10 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from k2train.data.tokenizer_training import train_tokenizer
-from k2train.errors import DataError, RunError
+from k2train.errors import CheckpointError, DataError, RunError
+from k2train.inference.session import opened
 from k2train.inference.source import Source, find_checkpoint
+from k2train.launch.environment import Launch
+from tests.support.hugging_face import checkpoint_tensors
 from tests.support.tiny_generation import MODEL_VOCAB
 
 
@@ -56,3 +60,46 @@ def test_data_that_has_moved(run: Path, tmp_path: Path) -> None:
         assert found.tokenizer.sha256 == found.manifest.data.tokenizer_sha256
     finally:
         shutil.move(away, data)
+
+
+def test_a_run_falls_back_to_what_is_whole(run: Path, tmp_path: Path) -> None:
+    """Catches a damaged newest checkpoint that ends a generation, and one passed over in silence,
+    or where it was named itself.
+    """
+    folder = tmp_path / "runs" / "spoken" / "checkpoints"
+    shutil.copytree(run / "checkpoints", folder)
+    data = next((run.parent.parent / "data").glob("tokenizer.model"))
+    newest, older = folder / "ckpt_001", folder / "ckpt_000"
+    file = min((newest / "model").iterdir())
+    content = file.read_bytes()
+
+    def said(path: Path) -> tuple[Path, list[str]]:
+        told: list[str] = []
+        launch = Launch(0, 1, 0, False)
+        with opened(Source.find(path, data), launch, 1, 1, False, told.append) as model:
+            weights = model.stage.state_dict()
+        return older if same(weights, older) else newest, told
+
+    def same(weights: dict[str, torch.Tensor], path: Path) -> bool:
+        found = checkpoint_tensors(path)
+        return torch.equal(weights["embedding.weight"], torch.from_numpy(found["embedding.weight"]))
+
+    assert said(folder.parent) == (newest, [])
+    flipped = bytes([*content[:-3], content[-3] ^ 1, *content[-2:]])
+    for damaged, reason in ((flipped, "does not match its hash"), (content[:-2], "bytes")):
+        file.write_bytes(damaged)
+        taken, told = said(folder.parent)
+        assert taken == older and len(told) == 2
+        assert told[0].startswith(f"refused: {newest}: model/") and reason in told[0]
+        assert told[1] == f"taken: {older}, step 0"
+        with pytest.raises(CheckpointError, match=reason):
+            said(newest)
+
+    shutil.rmtree(newest / "model")
+    assert said(folder.parent)[0] == older
+    (newest / "manifest.json").write_text("{")
+    assert "not valid JSON" in said(folder.parent)[1][0]
+    for path in (older / "model").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        said(folder.parent)

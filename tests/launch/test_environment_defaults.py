@@ -14,9 +14,12 @@ from k2train.launch import __main__ as launcher
 from k2train.launch.environment_defaults import (
     DEFAULTS,
     DETERMINISTIC_DEFAULTS,
+    OFFLINE,
+    QUIET,
     environment_settings,
     require_deterministic_environment,
     set_environment_defaults,
+    set_harness_environment,
 )
 from k2train.train import __main__ as command_line
 from tests.support.forkserver import PATIENCE_SECONDS
@@ -221,3 +224,13 @@ def test_a_cold_process_has_them_before_torch(
 ) -> None:
     """Catches a variable set when torch and cuBLAS have read it already."""
     assert cold_start(tmp_path, *overrides, **variables) == [expected]
+
+
+def test_the_harness_stays_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a variable of the user that lets lm-eval's libraries try the network."""
+    for name in (*OFFLINE, *QUIET):
+        monkeypatch.setenv(name, "0")
+    set_harness_environment(offline=False)
+    assert {os.environ[name] for name in OFFLINE} == {"0"} and os.environ["TQDM_DISABLE"] == "1"
+    set_harness_environment(offline=True)
+    assert {os.environ[name] for name in OFFLINE} == {"1"} and "HF_HUB_OFFLINE" in OFFLINE

@@ -16,10 +16,12 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from torch.distributed import TCPStore
 
+from fault_tests.ports import held_port, port_of
 from k2train import retry
 from k2train.checkpoint.verify import verify_checkpoint
 from k2train.errors import EXIT_FAILED, EXIT_USAGE, RunError
@@ -30,6 +32,7 @@ from k2train.launch.__main__ import (
     main,
     parse,
     start_with_restarts,
+    trains,
 )
 from k2train.launch.environment import (
     Launch,
@@ -54,17 +57,22 @@ from k2train.launch.supervisor import Supervisor
 from k2train.processes import start_ticks
 from k2train.record.events import Stopped
 from k2train.record.ledger import read_ledger
+from tests.support import forkserver
 from tests.support.command_line import HANG_SECONDS, soon
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import (
     ROOT,
     cold_start,
     config_tree,
+    environment,
     kill_all,
     make_corpus,
+    train,
     write_yaml,
 )
 
-STARTED: list["subprocess.Popen[str]"] = []
+Launcher = forkserver.Process | subprocess.Popen[str]
+STARTED: list[Launcher] = []
 """What the tests have started: ended with them, also where they fail."""
 OPTIONS = ["--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
@@ -122,9 +130,19 @@ def launch(
     *arguments: object,
     options: Sequence[str] = OPTIONS,
     start: Sequence[str] = ("-m", "k2train.launch"),
+    cold: bool = False,
     **variables: str,
-) -> "subprocess.Popen[str]":
-    process = cold_start([*start, *options, *arguments], **variables)
+) -> Launcher:
+    """A launcher, warm if it is not changed on its way (`start`) and its start is not the test.
+
+    Its processes are new ones in any case.
+    """
+    command = [*start, *options, *arguments]
+    process: Launcher = (
+        cold_start(command, **variables)
+        if cold or start[0] == "-c"
+        else forkserver.start(command, environment(**variables))
+    )
     STARTED.append(process)
     return process
 
@@ -160,7 +178,7 @@ def worker(folder: Path, rest: str) -> Path:
     return path
 
 
-def pids(folder: Path, process: "subprocess.Popen[str]", count: int = 2) -> list[int]:
+def pids(folder: Path, process: Launcher, count: int = 2) -> list[int]:
     """Return the process ids of the workers, once all have started."""
     files = [folder / f"pid_{rank}" for rank in range(count)]
     assert soon(lambda: all(f.exists() and f.read_text() for f in files)), process.poll()
@@ -203,7 +221,7 @@ def test_a_dead_process_takes_the_others_with_it_even_a_stopped_one(tmp_path: Pa
     """Catches the 30 seconds of torchrun, and processes that stay behind because they hear no
     SIGTERM.
     """
-    process = launch(worker(tmp_path, "time.sleep(600)"), tmp_path, start=("-c", PATIENT))
+    process = launch(worker(tmp_path, "time.sleep(3600)"), tmp_path, start=("-c", PATIENT))
     first, second = pids(tmp_path, process)
     os.kill(second, signal.SIGSTOP)
     os.kill(first, signal.SIGKILL)
@@ -246,7 +264,7 @@ def test_asked_to_stop_while_it_waits_for_a_node_that_never_comes(tmp_path: Path
         "--rdzv-endpoint",
         f"127.0.0.1:{closed.getsockname()[1]}",
     ]
-    options += ["--rdzv-conf", "is_host=false,read_timeout=120"]
+    options += ["--rdzv-conf", "is_host=false,read_timeout=3600"]
     process = launch(worker(tmp_path, ""), tmp_path, options=options)
     assert soon(lambda: b"SIGTERM" in handled(process.pid))
     time.sleep(1)
@@ -426,9 +444,8 @@ class Payload:
 
 def test_a_stranger_at_the_port_of_several_machines_runs_nothing(tmp_path: Path) -> None:
     """Catches a launcher that runs, as its user, what anybody put where the nodes meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    held = held_port()
+    port = port_of(held)
     options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "job"]
     options += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf", "is_host=true"]
     process = launch(
@@ -445,6 +462,7 @@ def test_a_stranger_at_the_port_of_several_machines_runs_nothing(tmp_path: Path)
             store.set("torch.rendezvous.job", payload)
         time.sleep(0.1)
     text, _ = process.communicate(timeout=HANG_SECONDS)
+    held.close()
     assert not (tmp_path / "canary").exists()
     assert process.returncode == 1 and "RendezvousStateError" in text, text
 
@@ -504,6 +522,33 @@ def test_restarts_are_ours_and_the_rest_is_torchruns(
     assert options.restarts == expected and options.training_script in ("x", "x.py")
     script = next(i for i, text in enumerate(given) if text in ("x", "x.py"))
     assert options.training_script_args == given[script + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("given", "module", "rest"),
+    (
+        (["train", "MY.yaml", "lr.peak=1"], "k2train.train", ["MY.yaml", "lr.peak=1"]),
+        (["-m", "k2train", "train", "MY.yaml"], "k2train.train", ["MY.yaml"]),
+        (["generate", "RUN", "--json"], "k2train", ["generate", "RUN", "--json"]),
+        (["-m", "k2train", "generate", "RUN"], "k2train", ["generate", "RUN"]),
+        (["-m", "train", "MY.yaml"], "train", ["MY.yaml"]),
+    ),
+)
+def test_a_command_by_its_name(given: list[str], module: str, rest: list[str]) -> None:
+    """Catches `k2train launch train MY.yaml` that looks for a file, and a training that is not
+    known as one: it would skip the checks of a start.
+    """
+    options = parse(["--nproc-per-node", "2", *given])
+    assert options.module and options.training_script == module
+    assert options.training_script_args == rest
+    assert trains(options) == (module == "k2train.train")
+
+
+def test_a_file_of_that_name_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train").write_text("", encoding="utf-8")
+    options = parse(["train", "MY.yaml"])
+    assert not options.module and options.training_script == "train"
 
 
 @pytest.mark.parametrize(
@@ -632,7 +677,7 @@ sys.exit(75)
 def test_a_temporary_folder_that_is_cleaned_costs_no_save(tmp_path: Path) -> None:
     """Catches a launcher that forgets its processes with the files in which they write."""
     (temporary := tmp_path / "tmp").mkdir()
-    process = launch(worker(tmp_path, SAVES), tmp_path, TMPDIR=str(temporary))
+    process = launch(worker(tmp_path, SAVES), tmp_path, cold=True, TMPDIR=str(temporary))
     both = pids(tmp_path, process)
     (notes,) = temporary.glob("k2train-launch-*")
     assert soon(lambda: sum("rank_" in name for name in opened_by(process.pid)) == 2)
@@ -653,13 +698,13 @@ def test_a_start_leaves_nothing_in_the_temporary_folder(tmp_path: Path, code: in
     """
     (temporary := tmp_path / "tmp").mkdir()
     program = worker(tmp_path, f"sys.exit({code})")
-    process = launch(program, tmp_path, TMPDIR=str(temporary))
+    process = launch(program, tmp_path, cold=True, TMPDIR=str(temporary))
     text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, text
     assert list(temporary.iterdir()) == []
 
     if not code:
-        asked = launch("--redirects", "3", program, tmp_path, TMPDIR=str(temporary))
+        asked = launch("--redirects", "3", program, tmp_path, cold=True, TMPDIR=str(temporary))
         text, _ = asked.communicate(timeout=HANG_SECONDS)
         assert asked.returncode == 0, text
         assert len(list(temporary.rglob("stdout.log"))) == 2
@@ -709,7 +754,7 @@ def test_a_status_is_written_where_no_name_is_left(tmp_path: Path) -> None:
 def test_real_processes(tmp_path: Path) -> None:
     """Through the real torchrun: the processes' own code comes out, without a traceback."""
     (tmp_path / "leaves.py").write_text("import sys\nsys.exit(75)\n")
-    process = launch(tmp_path / "leaves.py")
+    process = launch(tmp_path / "leaves.py", cold=True)
     text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75
     assert "Traceback" not in text
@@ -751,22 +796,25 @@ def test_asked_to_stop_all_processes_save_and_go_on(config: Path, tmp_path: Path
     stopped = read_ledger(run / "ledger.jsonl")[-1].event
     assert isinstance(stopped, Stopped) and stopped.reason == "SIGTERM"
     done = stopped.step
-    assert metrics.read_text().count("\n") == done < 20
+    assert len(step_rows(metrics)) == done < 20
     assert any(
         json.loads((path / "manifest.json").read_text())["step"] == done
         for path in (run / "checkpoints").iterdir()
     )
-    again = launch("-m", "k2train.train", config)
-    text, _ = again.communicate(timeout=HANG_SECONDS)
-    assert again.returncode == 0, text
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    # What was saved is for any processes, also those of no launcher.
+    again = train(config, processes=2)
+    assert again.returncode == 0, again.stderr
+    steps = [row["step"] for row in step_rows(metrics)]
     assert steps == list(range(1, 21)), "a step was lost or done twice"
 
 
 @pytest.fixture
 def loud() -> Iterator[None]:
-    """Undoes what a launcher in this process does: it turns off the lines of torchrun."""
-    yield
+    """Undoes what a launcher in this process does: it turns off the lines of torchrun, and sets
+    variables for the processes of a run.
+    """
+    with mock.patch.dict(os.environ):
+        yield
     logging.disable(logging.NOTSET)
 
 
@@ -838,7 +886,7 @@ def test_a_save_that_takes_longer_than_torchruns_patience_is_whole(
     process.send_signal(signal.SIGTERM)
     time.sleep(3)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, text
     assert time.monotonic() - began_at > 31, "the save was not slow"
     (last,) = saving.glob("ckpt_000_step_*")
@@ -1064,12 +1112,13 @@ sys.meta_path.insert(0, Slow())
 """Start-up code of Python that makes the import of one module wait."""
 
 
-def test_ctrl_c_while_a_tool_imports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ([ROOT / "tools" / "plan.py"], ["-m", "k2train", "plan"]))
+def test_ctrl_c_while_a_tool_imports(tmp_path: Path, program: list[str | Path]) -> None:
     """Catches a traceback out of pydantic for a command that has begun nothing."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
     process = cold_start(
-        [ROOT / "tools" / "plan.py", "--help"],
-        PYTHONPATH=str(tmp_path),
+        [*program, "--help"],
+        PYTHONPATH=f"{tmp_path}:{ROOT}",
         SLOW_FOLDER=str(tmp_path),
         SLOW_MODULE="pydantic",
     )
@@ -1081,14 +1130,17 @@ def test_ctrl_c_while_a_tool_imports(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ("SIGINT", "SIGTERM"))
-@pytest.mark.parametrize("program", ("k2train.launch", "k2train.train"))
+@pytest.mark.parametrize(
+    "program", ("k2train.launch", "k2train.train", "k2train launch", "k2train train")
+)
 def test_a_signal_during_the_imports(tmp_path: Path, program: str, name: str) -> None:
     """Catches a traceback out of somebody's module, and an end without a word."""
     (tmp_path / "sitecustomize.py").write_text(SLOW)
-    module = "torch" if program == "k2train.launch" else "pydantic"
-    before = ["--nproc-per-node", "2", "-m", "k2train.train"] if program == "k2train.launch" else []
+    launches = program.endswith("launch")
+    module = "torch" if launches else "pydantic"
+    before = ["--nproc-per-node", "2", "-m", "k2train.train"] if launches else []
     process = cold_start(
-        ["-m", program, *before, "none.yaml"],
+        ["-m", *program.split(), *before, "none.yaml"],
         PYTHONPATH=f"{tmp_path}:{ROOT}",
         SLOW_FOLDER=str(tmp_path),
         SLOW_MODULE=module,
@@ -1167,10 +1219,15 @@ def test_whether_a_signal_leads_to_a_save(
 
 STEP_LASTS = """
 import os, pathlib, sys, time
+from k2train.guard.stop_signals import StopRequest
 from k2train.train.__main__ import main
 from k2train.train.engine import Engine
 folder, steps = pathlib.Path(sys.argv[1]), []
-train = Engine.train_step
+train, handle = Engine.train_step, StopRequest._handle
+def heard(self, *given):
+    handle(self, *given)
+    (folder / f"heard_{os.environ['RANK']}").touch()
+StopRequest._handle = heard
 def train_step(self, *given):
     steps.append(1)
     if len(steps) == 2 and os.environ["RANK"] == "1":
@@ -1181,7 +1238,9 @@ def train_step(self, *given):
 Engine.train_step = train_step
 sys.exit(main(sys.argv[2:]))
 """
-"""A training of two, in which rank 1 never ends its second step: rank 0 waits in a collective."""
+"""A training of two, in which rank 1 never ends its second step: rank 0 waits in a collective and
+hears nothing.
+"""
 
 
 def test_a_second_ctrl_c_ends_all_processes(config: Path, tmp_path: Path) -> None:
@@ -1192,6 +1251,8 @@ def test_a_second_ctrl_c_ends_all_processes(config: Path, tmp_path: Path) -> Non
     )
     assert soon((tmp_path / "lasts").exists), process.poll()
     process.send_signal(signal.SIGINT)
+    # Two that are heard within two seconds are one press, and a busy machine hears late.
+    assert soon((tmp_path / "heard_1").exists), process.poll()
     time.sleep(2.1)
     # Twice, as from a terminal: the copy must not interrupt the end.
     process.send_signal(signal.SIGINT)

@@ -73,6 +73,7 @@ def proc_of(root: Path, line: bytes | None) -> Path:
     ("line", "expected"),
     (
         (b"python\0-m\0k2train.launch\0--nnodes\0002", ""),
+        (b"/usr/bin/python\0/usr/bin/k2train\0launch\0--nnodes\0002", ""),
         (b"/usr/bin/python\0/usr/bin/torchrun", ""),
         (b"nginx\0", "pid 5 (nginx)"),
         # Another container's, or another user's.

@@ -15,17 +15,19 @@ import pytest
 
 from tests.support.command_line import TOOL_NAMES, load_tool
 
-MODULES = ("k2train.launch", "k2train.train")
+MODULES = ("k2train", "k2train.launch", "k2train.train")
 COMMANDS = (*MODULES, *TOOL_NAMES)
 NEED_NOTHING = {
     "bench_checkpoint",
     "bench_data",
     "bench_exact",
+    "bench_growth",
     "bench_profile",
     "bench_schedules",
     "bench_spikes",
     "bench_watch",
     "config_reference",
+    "doctor",
     "fault_run",
     "gpu_check",
     "mutation_check",

@@ -24,7 +24,7 @@ from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.ledger_head import write_head
 from k2train.record.metrics import latest, read_metrics
 from k2train.train.trainer import Trainer
-from tests.support.command_line import load_tool
+from tests.support.command_line import HANG_SECONDS, load_tool
 from tests.support.data_folder import flip
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
@@ -87,7 +87,7 @@ def assert_same_run(run: Path, straight: Path) -> None:
 
 def wait_for_row(run: Path, attempt: int, process: Any) -> None:
     """Until the run has finished a step of `attempt`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_SECONDS
     while True:
         if (run / "metrics.jsonl").exists() and any(
             r.attempt == attempt for r in read_metrics(run / "metrics.jsonl")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from k2train.model.architecture import Architecture
 from k2train.model.attention import Attention
-from k2train.model.kernels.select import choose_kernels, document_mask
+from k2train.model.kernels.select import DeviceTraits, Documents, choose_kernels
 from k2train.model.layers import Rotary
 from k2train.parallel.grid import SINGLE
 
@@ -18,7 +18,12 @@ CPU = torch.device("cpu")
 
 def module(**choices: str) -> Attention:
     architecture = Architecture(1, HIDDEN, 4 * HIDDEN, HEADS, KV_HEADS, vocab_size=32)
-    made = Attention("layers.0.attention", architecture, SINGLE["tp"], choose_kernels(**choices))
+    made = Attention(
+        "layers.0.attention",
+        architecture,
+        SINGLE["tp"],
+        choose_kernels(**choices, traits=DeviceTraits(CPU, block=True)),
+    )
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -61,7 +66,7 @@ def head_by_head(made: Attention, x: Tensor, allowed: Tensor, theta: float) -> T
 
 CHOICES = [
     {"attention": attention, "elementwise": elementwise}
-    for attention in ("sdpa", "plain", "flash", "reference")
+    for attention in ("sdpa", "plain", "by_length", "flash", "reference")
     for elementwise in ("fused", "reference")
 ]
 
@@ -80,12 +85,10 @@ def test_every_choice_is_attention(choice: dict[str, str]) -> None:
     documents = documents.clone()
     documents[1] = 0
 
-    for mask in (None, document_mask(documents)):
-        if mask is not None and choice["attention"] == "flash":
-            continue
-        allowed = document_mask(torch.zeros_like(documents)) if mask is None else mask
+    for given in (None, Documents(documents)):
+        allowed = Documents(torch.zeros_like(documents) if given is None else documents).mask
         expected = head_by_head(made, x.double(), allowed[:, 0], 100.0)
-        found = made(x, rotary, mask).detach().double()
+        found = made(x, rotary, given).detach().double()
         assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
@@ -97,8 +100,8 @@ def test_plain_needs_no_copy_on_the_way_out() -> None:
     seen: list[int] = []
     kernel = made.kernel
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        out = kernel(q, k, v, mask)
+    def watched(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        out = kernel(q, k, v, documents)
         seen.append(out.data_ptr())
         return out
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import k2train.model.transformer as transformer
+import k2train.model.kernels.documents as documents_module
 from k2train.checkpoint.manifest import MANIFEST, checkpoint_name, seal
 from k2train.config.load import Config
 from k2train.data.document_boundaries import documents_of
@@ -19,13 +19,15 @@ from k2train.data.loader import MicroBatch
 from k2train.data.manifest import ChunkInfo
 from k2train.errors import CheckpointError, DataError
 from k2train.launch.environment import Launch
-from k2train.model.kernels.select import ATTENTION, document_mask
+from k2train.model.attention import Attention
+from k2train.model.kernels.select import Documents
 from k2train.train.engine import Engine
 from k2train.train.preflight import check_data, prepare_start
 from k2train.train.resume_check import identity_differences, identity_of
 from k2train.train.state import TrainState
 from tests.support.data_folder import rewrite, with_files
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import (
     GLOBAL,
     ROWS,
@@ -243,7 +245,7 @@ def one_process(pool: GlooPool) -> Any:
 
 
 @pytest.mark.parametrize("kv_heads", (4, 2))
-@pytest.mark.parametrize("kernel", ("sdpa", "plain", "reference"))
+@pytest.mark.parametrize("kernel", ("sdpa", "plain", "by_length", "flash", "reference"))
 def test_block_equals_separate_documents(
     separate: Any, one_process: Any, kernel: str, kv_heads: int
 ) -> None:
@@ -321,48 +323,63 @@ def test_compiled_equals_plain(one_process: Any) -> None:
 def test_the_mask_by_definition() -> None:
     """Catches a mask of another row, or one that lets a document see itself ahead of time."""
     documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 2, 2]], dtype=torch.int32)
-    mask = document_mask(documents)
+    mask = Documents(documents).mask
     assert mask.shape == (2, 1, 5, 5) and mask.dtype == torch.bool
     for b, q, k in np.ndindex(2, 5, 5):
         assert bool(mask[b, 0, q, k]) == (k <= q and bool(documents[b, q] == documents[b, k]))
 
 
-def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[str], bool]:
-    """What one stage does with and without documents: masks made, and for each layer which mask its
-    kernel was given.
+def watched(kernel: Any, given: list[Any]) -> Any:
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+        given.append(documents)
+        return kernel(q, k, v, documents)
+
+    return attend
+
+
+def watched_job(launch: Launch, config: Config) -> tuple[list[str], list[Any], bool]:
+    """What one stage does with and without documents: what is made of them, and for each layer
+    whether its kernel was given some, and the same ones.
     """
-    made, given, same = [], [], []
-    plain, make = ATTENTION["sdpa"], transformer.document_mask
+    made: list[str] = []
+    given: list[Documents | None] = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        given.append("none" if mask is None else str(mask.dtype))
-        same.append(mask)
-        return plain(q, k, v, mask)
-
-    def maker(documents: Tensor) -> Tensor:
-        made.append("mask")
-        return make(documents)
+    def noting(patch: pytest.MonkeyPatch, name: str) -> None:
+        make = getattr(documents_module, name)
+        patch.setattr(documents_module, name, lambda *a: (made.append(name), make(*a))[1])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ATTENTION, "sdpa", kernel)
-        patch.setattr(transformer, "document_mask", maker)
+        noting(patch, "pack")
+        noting(patch, "document_mask")
         engine = engine_of(config, grid_of(launch, config))
+        for module in engine.stages[0].modules():
+            if isinstance(module, Attention):
+                module.kernel = watched(module.kernel, given)
         tokens = global_batch(config, 1)[:2]
         engine.stages[0](tokens)
-        assert not made, "a mask was made where nobody asked for one"
-        engine.stages[0](tokens, global_documents(config, 1)[:2])
+        assert not made, "something was made where nobody asked for it"
+        engine.stages[0](tokens, Documents(global_documents(config, 1)[:2]))
 
     layers = config.model.num_layers
-    return made, given, all(mask is same[layers] for mask in same[layers:])
+    return (
+        made,
+        [documents is not None for documents in given],
+        all(documents is given[layers] for documents in given[layers:]),
+    )
 
 
-def test_one_mask_a_micro_batch_and_none_without_documents(pool: GlooPool) -> None:
-    """Catches a mask built by every layer, and the path of `attend` leaving the causal kernel."""
-    config = tiny_config(batch__global_sequences=12, kernels__attention="sdpa")
+@pytest.mark.parametrize(("kernel", "means"), (("plain", "pack"), ("reference", "document_mask")))
+def test_documents_are_prepared_once_a_micro_batch(pool: GlooPool, kernel: str, means: str) -> None:
+    """Catches a packing or mask built by every layer, a mask that no kernel needs, and the path of
+    `attend` leaving the causal kernel.
+    """
+    config = tiny_config(
+        batch__global_sequences=12, kernels__attention=kernel, data__cross_documents="block"
+    )
     ((made, given, same),) = pool.run(1, watched_job, config)
-    assert made == ["mask"] and same
+    assert made == [means] and same
     layers = config.model.num_layers
-    assert given == ["none"] * layers + ["torch.bool"] * layers
+    assert given == [False] * layers + [True] * layers
 
 
 def misused_job(launch: Launch, config: Config) -> str:
@@ -427,7 +444,7 @@ def plain_loop(launch: Launch, tree: dict[str, Any], folder: str) -> list[float]
 
 
 def losses_of(run: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = step_rows(run / "metrics.jsonl")
     facts = json.loads((run / "checkpoints" / "ckpt_001" / "manifest.json").read_text())
     return [*(row["loss"] for row in rows), facts["held_out_loss"]]
 

@@ -330,7 +330,7 @@ def skip_job(launch: Launch, config: Any) -> tuple[list[str], int]:
 @pytest.mark.parametrize(
     *lanes(
         ("tp", "pp", "dp", "sequence"),
-        ((1, 1, 1, False), (2, 1, 1, False), (1, 2, 3, False), (2, 2, 2, True), (2, 2, 2, False)),
+        ((1, 1, 1, False), (2, 1, 1, False), (1, 2, 3, False), (2, 2, 2, True)),
         lambda case: case in ((1, 1, 1, False), (2, 2, 2, True)),
     )
 )
@@ -339,6 +339,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
 ) -> None:
     """Catches a rank that steps while others skip, moments touched before the check, and a replica
     nobody looks at.
+
+    Every axis alone or beside one other, and all of them; without sequence parallelism on one.
     """
     config = tiny_config(
         model__num_layers=2,
@@ -429,6 +431,8 @@ def memory_job(launch: Launch, config: Any) -> list[int]:
     for step in range(1, 21):
         engine.train_step(batches, config.lr.peak)
         if step % 5 == 0:
+            # What is under way holds tensors for as long as the machine takes.
+            engine.optimizer.finish()
             gc.collect()
             storages = {
                 t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()

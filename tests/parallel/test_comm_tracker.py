@@ -197,8 +197,9 @@ def test_checks_of_the_state_name_their_exchanges(pool: GlooPool) -> None:
     it.
     """
     for found in pool.run(2, checks_job, tiny_config()):
-        # The probe's answers, the differing tensors and their digests: lengths, then messages.
-        assert [name for name, *_ in found].count("all_gather") == 6
+        # The differing tensors and their digests: lengths, then messages.
+        assert [name for name, *_ in found].count("all_gather") == 4
+        # Who of the probe has something to say, among them.
         assert [name for name, *_ in found].count("all_reduce") >= 3
         assert all(before and before == after for _, before, after in found), found
 
@@ -242,11 +243,11 @@ def test_counting_costs_little() -> None:
             ("counted", lambda: collective_scope(comm, "all-reduce tp")),
             ("nothing", lambda: nothing),
         ):
-            began = time.perf_counter()
+            began = time.thread_time()
             for _ in range(1000):
                 with made():
                     pass
-            seconds[name].append(time.perf_counter() - began)
-    # Measured 2.2 times; the best of 20 short rounds, since one of them runs without an
-    # interruption.
+            seconds[name].append(time.thread_time() - began)
+    # Measured 2.2 times. Processor time of this thread, the best of 20 short rounds: what else
+    # runs does not count.
     assert min(seconds["counted"]) < 5 * min(seconds["nothing"]), seconds

@@ -25,6 +25,7 @@ from k2train.parallel.device_digest import (
 from k2train.parallel.grid import start_process_group
 from k2train.state_digest import block_sums, digest_text, state_root
 from k2train.train.engine import Engine
+from tests.support.command_line import HANG_SECONDS
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     assemble,
@@ -275,14 +276,17 @@ def steps_main(steps: int, seed: int) -> None:
 
 @pytest.mark.slow
 def test_run_twice() -> None:
-    """200 steps in two processes that share nothing but the machine: the same root."""
-    program = "from tests.parallel.test_device_digest import steps_main; steps_main(200, 7)"
+    """60 steps in two processes that share nothing but the machine: the same root.
+
+    `docs/faults.md` has 200 of them.
+    """
+    program = "from tests.parallel.test_device_digest import steps_main; steps_main(60, 7)"
     command = [sys.executable, "-c", program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     begun = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(2)
     ]
-    roots = [process.communicate(timeout=300)[0].split()[-1] for process in begun]
+    roots = [process.communicate(timeout=HANG_SECONDS)[0].split()[-1] for process in begun]
     assert [process.returncode for process in begun] == [0, 0]
     assert roots[0] == roots[1] and len(roots[0]) == 64

@@ -106,7 +106,7 @@ def test_a_rank_that_never_comes_is_named_before_the_first_step(tmp_path: Path) 
         parallel__tensor=2,
         run__allow=["faults"],
         watch__heartbeat_seconds=0.5,
-        watch__start_seconds=8.0,
+        watch__start_seconds=12.0,
     )
     config = write_yaml(tmp_path / "c.yaml", tree)
     process = start(config, processes=2, K2TRAIN_FAULTS="start.connect@rank=1:sleep=600")

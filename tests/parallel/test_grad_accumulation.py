@@ -18,7 +18,9 @@ from k2train.parallel.grad_accumulation import (
     gradient_sums,
 )
 from k2train.parallel.grid import SINGLE, Axis
-from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
+from k2train.parallel.shard import first_rows
+from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
+from k2train.parallel.vocab_embedding import VocabEmbedding
 
 
 def test_products_and_rows_add_up_in_fp32() -> None:
@@ -228,3 +230,11 @@ def test_sums_over_micro_batches(with_sink: bool) -> None:
         found = layer.weight.accumulator.total if with_sink else layer.weight.grad
         assert torch.allclose(found, weight.grad, rtol=1e-5, atol=1e-6)
         assert (layer.weight.grad is None) == with_sink
+
+
+@pytest.mark.parametrize("rows", (4, 3))
+def test_first_rows_are_a_view(rows: int) -> None:
+    """Catches a copy, which an in-place sum would be lost in, and a row too many."""
+    total = torch.zeros(4, 2)
+    first_rows(total, rows).add_(1.0)
+    assert total[:, 0].tolist() == [1.0] * rows + [0.0] * (4 - rows)

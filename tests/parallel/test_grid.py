@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from k2train.launch.environment import Launch
 from k2train.parallel import grid as module
+from k2train.parallel import host_group
 from k2train.parallel.grid import HOST_TIMEOUT, ProcessGrid
 from k2train.plan.connections import connections
 from k2train.plan.layout import Layout
@@ -48,6 +49,7 @@ def grids(
     for rank in range(layout.world_size):
         recorded = Recorded(layout.world_size, backend)
         monkeypatch.setattr(module, "dist", recorded)
+        monkeypatch.setattr(host_group, "dist", recorded)
         ProcessGrid(layout, rank, torch.device(device))
         ranks.append(recorded)
     return ranks
@@ -111,7 +113,7 @@ def groups_job(launch: Launch, layout: Layout) -> list[Any]:
         else:
             found.append((dist.get_process_group_ranks(axis.group), dist.get_rank(axis.group)))
             assert found[-1][1] == axis.rank
-    backend: Any = grid.host._get_backend(torch.device("cpu"))
+    backend: Any = grid.host.row._get_backend(torch.device("cpu"))
     return [*found, backend.options._timeout]
 
 

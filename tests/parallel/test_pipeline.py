@@ -13,6 +13,7 @@ from k2train.launch.environment import Launch
 from k2train.parallel.grad_accumulation import GradAccumulator, WeightGradStore, attach
 from k2train.parallel.grid import SINGLE, Axis
 from k2train.parallel.pipeline import Executor
+from k2train.parallel.shared_channel import connect_channel
 from k2train.parallel.tensor_parallel import ColumnLinear
 from k2train.plan.layout import Layout
 from k2train.plan.schedule import Action, Op, build_programs, insert_transfers, placement_of
@@ -99,9 +100,13 @@ def left_behind(executor: Executor) -> int:
     return sum(len(getattr(executor, name)) for name in names)
 
 
-def pipeline_job(launch: Launch, cases: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+def pipeline_job(
+    launch: Launch, cases: list[tuple[str, int, int]], shared: bool
+) -> list[dict[str, Any]]:
     group = dist.group.WORLD if launch.world_size > 1 else None
-    pp = Axis("pp", launch.world_size, launch.rank, group)
+    channel = connect_channel(2, launch.rank, group, CPU) if shared else None
+    assert (channel is not None) == shared
+    pp = Axis("pp", launch.world_size, launch.rank, group, channel=channel)
     return [run_case(pp, *case) for case in cases]
 
 
@@ -155,13 +160,15 @@ def run_case(pp: Axis, kind: str, stages_per_rank: int, num_microbatches: int) -
     }
 
 
-@pytest.mark.parametrize("pipeline", (1, 2, 4))
-def test_every_schedule_gives_the_bits_of_a_plain_loop(pool: GlooPool, pipeline: int) -> None:
+@pytest.mark.parametrize(("pipeline", "shared"), ((1, False), (2, False), (2, True), (4, False)))
+def test_every_schedule_gives_the_bits_of_a_plain_loop(
+    pool: GlooPool, pipeline: int, shared: bool
+) -> None:
     """Catches sums in another order, a micro-batch paired with another's gradient, tensors kept,
     evaluation that trains.
     """
     cases = [case[1:] for case in CASES if case[0] == pipeline]
-    parts = pool.run(pipeline, pipeline_job, cases)
+    parts = pool.run(pipeline, pipeline_job, cases, shared)
     for n, case in enumerate(cases):
         losses, gradients = plain(case[2])
         found: dict[int, np.ndarray] = {}

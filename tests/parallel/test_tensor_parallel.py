@@ -12,7 +12,8 @@ from k2train.errors import DataError
 from k2train.launch.environment import Launch
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import named_slices
-from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear, VocabEmbedding
+from k2train.parallel.tensor_parallel import ColumnLinear, RowLinear
+from k2train.parallel.vocab_embedding import VocabEmbedding
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_model import (
     engine_of,

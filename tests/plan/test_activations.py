@@ -5,12 +5,15 @@ A plan 3% off is out of memory on 480 devices.
 
 import time
 from dataclasses import replace
+from itertools import chain, pairwise
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 
 from k2train.launch.environment import Launch
+from k2train.model.kernels.select import Documents
 from k2train.plan.activations import (
     ActivationSpec,
     layer_bytes,
@@ -24,7 +27,7 @@ from k2train.plan.layout import Layout
 from k2train.plan.schedule import Action, Op, build_programs
 from k2train.plan.simulate import peak_in_flight
 from tests.support.gloo_pool import GlooPool
-from tests.support.kept_memory import Made, known_of, spec_of
+from tests.support.kept_memory import Made, known_of, shared_of, spec_of
 from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
 K2 = ModelShape(80, 8192, 22016, 64, 64, 32032)
@@ -50,23 +53,30 @@ def kept_job(launch: Launch, configs: list[Any]) -> list[str]:
     wrong = []
     for config in configs:
         engine = engine_of(config, grid_of(launch, config))
-        spec, layout = spec_of(config, engine), engine.grid.layout
+        layout = engine.grid.layout
         tokens = microbatches_of(config, engine.grid, 1)[0].tokens
         documents = (
             torch.arange(tokens.shape[1])
-            .div(7, rounding_mode="floor")
+            .div(19, rounding_mode="floor")
             .expand_as(tokens)
             .contiguous()
         )
 
+        given = Documents(documents)
+        lengths = tuple(chain(*given.lengths))
+        spec = replace(spec_of(config, engine), document_lengths=lengths)
+        # What is known of documents belongs to the batch.
+        indices = [] if given.packing is None else list(given.packing[1:])
+
         for stage, module in engine.stages.items():
-            with Made(known_of(module, tokens, documents)) as made:
+            known = known_of(module, tokens, documents, *indices, *shared_of(engine))
+            with Made(known) as made:
                 x = (
                     tokens
                     if stage == 0
                     else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
                 )
-                y = module(x, documents if engine.setup.block else None)
+                y = module(x, given if engine.setup.block else None)
                 if stage == layout.num_stages - 1:
                     y = module.loss(y, tokens, 1.0 / engine.setup.targets)
 
@@ -123,6 +133,25 @@ CHOICES: list[dict[str, Any]] = [
         "precision": "bf16",
         "data__cross_documents": "block",
     },
+    {
+        "kernels__attention": "by_length",
+        "model__num_kv_heads": 2,
+        "precision": "bf16",
+        "data__cross_documents": "block",
+        "kernels__matmul": "upcast",
+    },
+    {
+        "kernels__attention": "sdpa",
+        "model__num_kv_heads": 2,
+        "precision": "bf16",
+        "kernels__matmul": "upcast",
+    },
+    {
+        "kernels__attention": "by_length",
+        "model__num_kv_heads": 2,
+        "precision": "fp32",
+        "data__cross_documents": "block",
+    },
 ]
 
 
@@ -145,6 +174,39 @@ def test_held_is_planned(pool: GlooPool, split: dict[str, Any], policy: str) -> 
     world = configs[0].parallel.tensor * configs[0].parallel.pipeline
     for wrong in pool.run(world, kept_job, configs):
         assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+@pytest.mark.parametrize("attention", ("plain", "sdpa", "by_length"))
+def test_the_plan_holds_for_any_documents(attention: str, precision: str) -> None:
+    """Catches a plan that some cut into documents exceeds, and one that is far from what one
+    document a row keeps.
+    """
+    rng, length, rows = Random(7), 1200, 3
+    shape = ModelShape(2, 64, 96, 4, 2, 64)
+    spec = ActivationSpec(
+        shape, length, rows, precision, device="cpu", attention=attention, block=True
+    )
+
+    def cut(mean: int) -> list[int]:
+        """Lengths of the documents of one row."""
+        borders = {0, length, *(rng.randrange(1, length) for _ in range(length // mean))}
+        ends = sorted(borders)
+        return [stop - start for start, stop in pairwise(ends)]
+
+    cuts = [
+        [length],
+        [1] * length,
+        [17] * 70 + [10],
+        [length - 1, 1],
+        [449, 449, 302],
+        [512, 512, 176],
+    ]
+    cuts += [[512, 512, 176], [225] * 5 + [75], [897, 303]]
+    cuts += [cut(mean) for mean in (2, 5, 20, 100, 500) for _ in range(3)]
+    planned = layer_bytes(spec, "none")
+    known = [layer_bytes(replace(spec, document_lengths=tuple(row * rows)), "none") for row in cuts]
+    assert max(known) <= planned <= 1.4 * max(known)
 
 
 def test_k2_by_hand() -> None:

@@ -69,10 +69,11 @@ def test_large_worlds() -> None:
     assert cuda.communicator_bytes == 4 * 688_000_000 + 2 * 544_000_000
     assert cpu.communicators == cpu.communicator_bytes == 0
 
-    for world, pipeline in ((4096, 8), (16384, 16)):
-        layout = Layout.for_world(world, 8, pipeline)
-        assert connections(layout, "cuda").sockets == 2 * world
-        assert connections(layout, "cuda").files == 3 * world + 6 + OTHER_FILES
+    # Rows of 64 and 128 ranks, and as many rows; twice.
+    for world, pipeline, row in ((4096, 8, 64), (16384, 16, 128)):
+        made = connections(Layout.for_world(world, 8, pipeline), "cuda")
+        assert made.sockets == 4 * row and made.files == 4 * row + 12 + world + OTHER_FILES
+        assert made.store_reads == 2 * (world * (row - 1) + row * (row - 1))
 
 
 def test_axes_with_the_same_ranks_count_once() -> None:

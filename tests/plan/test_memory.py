@@ -8,12 +8,13 @@ import torch
 
 from k2train.config.load import Config
 from k2train.launch.environment import Launch
-from k2train.plan.activations import ActivationSpec, stage_bytes
+from k2train.plan.activations import ActivationSpec, query_key_value_width, stage_bytes
 from k2train.plan.cost import ModelShape, rank_parameters, state_bytes
 from k2train.plan.layout import Layout
 from k2train.plan.memory import (
     BUCKET_BYTES,
     RankMemory,
+    layer_working_bytes,
     loss_working_bytes,
     rank_memory,
     transfer_bytes,
@@ -22,7 +23,7 @@ from k2train.plan.memory import (
 from k2train.plan.schedule import build_programs
 from k2train.train.engine import Engine
 from tests.support.gloo_pool import GlooPool
-from tests.support.kept_memory import Made, known_of, spec_of
+from tests.support.kept_memory import Made, known_of, shared_of, spec_of
 from tests.support.lanes import lanes
 from tests.support.tiny_model import engine_of, grid_of, microbatches_of, tiny_config
 
@@ -35,7 +36,7 @@ def peak_of(engine: Engine, config: Config) -> int:
     """The most that this rank held while one micro-batch went through its one stage and back."""
     ((stage, module),) = engine.stages.items()
     tokens = microbatches_of(config, engine.grid, 1)[0].tokens
-    with Made(known_of(module, tokens)) as made:
+    with Made(known_of(module, tokens, *shared_of(engine))) as made:
         made.watch_peak = True
         x = tokens if stage == 0 else torch.randn(engine.shape).to(engine.dtype).requires_grad_()
         y = module(x)
@@ -58,7 +59,8 @@ def peaks_job(launch: Launch, configs: list[Config]) -> list[tuple[str, float]]:
         planned = stage_bytes(spec, layout, layout.stages_of(pp)[0]) + working_bytes(
             spec, layout, pp
         )
-        found.append((f"{config.kernels.recompute} {config.precision} pp {pp}", peak / planned))
+        kernels = f"{config.kernels.recompute} {config.kernels.matmul}"
+        found.append((f"{kernels} {config.precision} pp {pp}", peak / planned))
 
     return found
 
@@ -88,9 +90,15 @@ def test_the_fullest_moment_is_planned(pool: GlooPool, split: dict[str, Any]) ->
         "kernels__attention": "sdpa",
     }
     configs = [
-        tiny_config(kernels__recompute=policy, precision=precision, **shape, **split)
+        tiny_config(
+            kernels__recompute=policy,
+            kernels__matmul=product,
+            precision=precision,
+            **shape,
+            **split,
+        )
         for policy in ("none", "selective", "full")
-        for precision in ("fp32", "bf16")
+        for precision, product in (("fp32", "torch"), ("bf16", "torch"), ("bf16", "upcast"))
     ]
     world = configs[0].parallel.tensor * configs[0].parallel.pipeline
     found = [pair for pairs in pool.run(world, peaks_job, configs) for pair in pairs]
@@ -109,10 +117,21 @@ def test_what_is_on_its_way() -> None:
     they overlap.
     """
     count = rank_parameters(K2, K2_GRID, 0)
-    assert transfer_bytes(K2_WORK, Layout(tensor=8, pipeline=4), 0, overlap=True) == 0
-    assert transfer_bytes(K2_WORK, K2_GRID, 0, overlap=False) == BUCKET_BYTES
-    assert transfer_bytes(K2_WORK, K2_GRID, 0, overlap=False, bucket_bytes=1000) == 1000
-    assert transfer_bytes(K2_WORK, K2_GRID, 0, overlap=True) == 4 * count + 4 * count // 15
+    assert transfer_bytes(K2_WORK, Layout(tensor=8, pipeline=4), (), 0, overlap=True) == 0
+    assert transfer_bytes(K2_WORK, K2_GRID, (), 0, overlap=False) == BUCKET_BYTES * 16 // 15
+    assert transfer_bytes(K2_WORK, K2_GRID, (), 0, overlap=False, bucket_bytes=1000) == 1066
+    # The first layer's backward runs while all gradients above it are on their way, and those of
+    # its own down, gate and up projections. Blocks of a fifteenth of the rows are padded.
+    h = K2.hidden_size
+    attention = (h * query_key_value_width(K2) + h * h) // 8
+    sent = count - attention - K2.vocab_size * h // 8
+    leaving = 4 * sent * 16 / 15 + layer_working_bytes(K2_WORK)
+    everything = 4 * count * 16 / 15 + K2_WORK.gathered_bytes
+    found = transfer_bytes(K2_WORK, K2_GRID, (), 0, overlap=True)
+    assert found == pytest.approx(max(leaving, everything), rel=0.01)
+    # One bucket of all matrices leaves when the embedding has its gradient: nothing runs beside it.
+    whole = transfer_bytes(K2_WORK, K2_GRID, (), 0, overlap=True, bucket_bytes=2**50)
+    assert whole == pytest.approx(everything, rel=0.01)
 
 
 def test_k2_fits_its_devices() -> None:

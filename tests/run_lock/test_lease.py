@@ -33,7 +33,7 @@ import sys, time
 from k2train.run_lock.lock import RunLock
 lock = RunLock(sys.argv[1], flock=None).acquire()
 print(lock.token, flush=True)
-time.sleep(120)
+time.sleep(3600)
 """
 RACER = """
 import os, sys, time
@@ -135,7 +135,7 @@ def test_a_hundred_races_have_one_owner_each(links: str, tmp_path: Path) -> None
         )
         for i in range(racers)
     ]
-    said = [process.communicate(timeout=120)[0] for process in running]
+    said = [process.communicate(timeout=HANG_SECONDS)[0] for process in running]
     assert [process.returncode for process in running] == [0] * racers
     owners: dict[int, list[int]] = {race: [] for race in range(races)}
     for race, token in (map(int, line.split()) for text in said for line in text.splitlines()):

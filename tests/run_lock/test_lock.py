@@ -32,11 +32,11 @@ lock = RunLock(sys.argv[1]).acquire()
 if "fork" in sys.argv:
     child = os.fork()
     if child == 0:
-        time.sleep(600)
+        time.sleep(3600)
     print(child, flush=True)
 else:
     print("held", flush=True)
-time.sleep(600)
+time.sleep(3600)
 """
 
 
@@ -282,7 +282,7 @@ def _squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
         ("", True),
         ("echo slurm_load_jobs error: Invalid job id specified >&2; exit 1", True),
         ("echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1", None),
-        ("exec sleep 600", None),
+        ("exec sleep 3600", None),
     ],
 )
 def test_slurm_s_word_on_a_job(

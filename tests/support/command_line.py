@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-HANG_SECONDS = 120.0
+from tests.support.forkserver import PATIENCE_SECONDS
+
+HANG_SECONDS = PATIENCE_SECONDS
 """Longer than anything takes that does not hang, also on a busy machine; says nothing of speed."""
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TOOL_NAMES = sorted(

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from k2train.data.chunk import write_chunk
 from k2train.data.document_boundaries import write_borders
+from k2train.data.loss_mask import write_mask
 from k2train.data.manifest import ChunkInfo, Manifest, read_manifest, write_manifest
 from k2train.files import sha256_file
 
@@ -52,15 +53,20 @@ def with_files(
     pieces: Columns | None = None,
     borders: Iterable[int] | None = None,
     group_rows: int = 50,
+    mask: Any = None,
 ) -> ChunkInfo:
-    """The chunk with provenance and borders written beside it."""
-    files: dict[str, str] = {}
+    """The chunk with provenance, borders and loss mask written beside it."""
+    files: dict[str, Any] = {}
     if pieces is not None:
         digest = write_pieces(folder / f"{info.name}.parquet", pieces, group_rows)
         files |= {"provenance": f"{info.name}.parquet", "provenance_sha256": digest}
     if borders is not None:
         digest = write_borders(folder / f"{info.name}.borders.npy", borders)
         files |= {"borders": f"{info.name}.borders.npy", "borders_sha256": digest}
+    if mask is not None:
+        name = f"{info.name}.mask.npy"
+        digest, targets = write_mask(folder / name, [mask], info.rows)
+        files |= {"loss_mask": name, "loss_mask_sha256": digest, "targets": targets}
     return info.model_copy(update=files)
 
 
@@ -110,7 +116,7 @@ def rehash(manifest: Manifest) -> Manifest:
 
     def change(content: dict[str, Any]) -> None:
         for entry in filter(None, [*content["chunks"], content["held_out"]]):
-            for key in ("file", "provenance", "borders"):
+            for key in ("file", "provenance", "borders", "loss_mask"):
                 if key in entry:
                     digest = "sha256" if key == "file" else f"{key}_sha256"
                     entry[digest] = sha256_file(manifest.folder / entry[key])

@@ -1,17 +1,20 @@
 """Distribution of tests over pytest-xdist workers, and where their time goes (`scripts/test.sh
 --durations`).
 
-- A file's tests stay together, so that its fixtures are made once; files of `TOGETHER` share a
-  worker and its fixtures.
+- A file's tests stay together, so that its fixtures are made once. Files of `TOGETHER` and of the
+  folders of `ROOMS` share a worker and its fixtures.
 - Files of `APART` have nothing to share: each of their tests goes to whichever worker is free.
-- The longest units come first (`FIRST`), so that the last minute is one of small ones.
+- The longest units come first (`FIRST`) and the shortest last (`LAST`), so that no worker is alone
+  at the end.
+- No garbage is collected while tests are, and what they import is never looked at again.
 
 Alternatives considered: `--dist load`, which makes every module fixture once a worker; `--dist
 loadgroup`, which writes the group into every test's name.
 """
 
+import gc
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -25,6 +28,15 @@ TOGETHER = {
     "tests/emulated_cuda/test_worlds.py": "emulated CUDA",
 }
 """Files with one cluster, or one pool of emulated devices, between them."""
+ROOMS = (
+    "tests/evaluation/",
+    "tests/hf/",
+    "tests/inference/",
+    "tests/merge/",
+    "tests/proofs/",
+    "tests/release/",
+)
+"""Folders of which every file needs one trained run: other workers would train it again."""
 APART = ("tests/laws/test_layout_law.py", "tests/system/test_mutations.py")
 FIRST = (
     "slurm",
@@ -37,13 +49,18 @@ FIRST = (
 """Units in which most of the time is waiting: what runs beside them has the processors. The last
 one may wait for its CUDA build, which continuous integration installs meanwhile.
 """
+LAST = ("tests/config/", "tests/guard/", "tests/plan/", "tests/record/", "tests/test_")
+"""Units of a few seconds: with them the workers end together."""
 SHOWN = 30
 
 
 def unit_of(nodeid: str) -> str:
     """What is run by one worker in one go."""
     path = nodeid.split("::")[0]
-    return nodeid if path in APART else TOGETHER.get(path, path)
+    if path in APART:
+        return nodeid
+    room = next((room for room in ROOMS if path.startswith(room)), path)
+    return TOGETHER.get(path, room)
 
 
 def mechanism_of(item: pytest.Item) -> str:
@@ -59,10 +76,26 @@ def mechanism_of(item: pytest.Item) -> str:
     return "whole programs" if "/system/" in item.nodeid or "/tools/" in item.nodeid else "other"
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collect without the garbage collector: a quarter of the time goes into what stays anyway."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the units of `FIRST` first, in its order, and note every test's mechanism."""
+    """Put the units of `FIRST` first, in its order, those of `LAST` last, and note every test's
+    mechanism.
+    """
     place = {unit: number for number, unit in enumerate(FIRST)}
-    items.sort(key=lambda item: place.get(unit_of(item.nodeid), len(place)))
+    items.sort(
+        key=lambda item: place.get(unit_of(item.nodeid), len(place) + item.nodeid.startswith(LAST))
+    )
     for item in items:
         item.user_properties.append(("mechanism", mechanism_of(item)))
 

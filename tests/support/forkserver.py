@@ -29,25 +29,27 @@ from fault_tests.processes import INHERITED, ForkServer, Job  # noqa: E402
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "600"))
 """A guard against waiting for ever; no test is meant to come near it, however busy the machine is.
 """
+MORE = ("k2train.launch.__main__", "torch.distributed.run", "pytest", "hypothesis")
+"""What tests start besides the ranks of a run."""
 GRACE_SECONDS = 0.5
 """How long ranks have to end by themselves when one of them has failed: torchrun gives them as
 little.
 """
-_servers: dict[tuple[tuple[str, str], ...], ForkServer] = {}
+_servers: dict[tuple[tuple[str, ...], tuple[tuple[str, str], ...]], ForkServer] = {}
 
 
-def server(**variables: str) -> ForkServer:
-    """The server of this test process, started at its first use.
+def server(modules: Sequence[str] = (*MODULES, *MORE), **variables: str) -> ForkServer:
+    """The server of this test process that has imported `modules`, started at its first use.
 
     There is another one for each set of environment variables that its imports are to see.
     """
-    key = tuple(sorted(variables.items()))
+    key = tuple(modules), tuple(sorted(variables.items()))
     if key not in _servers:
         folder = Path(tempfile.mkdtemp(prefix="k2train-forkserver-"))
-        started = ForkServer(folder, [*MODULES, "pytest", "hypothesis"])
+        started = ForkServer(folder, modules)
         # Not by pytest: the processes of another Python import this, too.
         with mock.patch.dict(os.environ, variables):
-            if variables:
+            if variables or key[0] != (*MODULES, *MORE):
                 # The server that is already running has imported everything without them.
                 os.environ.pop(INHERITED, None)
             _servers[key] = started.__enter__()

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tests.support import forkserver
+from tests.support import forkserver, left_behind
 from tests.support.forkserver import ForkServer, Job
 
 LIMIT_SECONDS = forkserver.PATIENCE_SECONDS
@@ -51,6 +51,7 @@ def serve(arguments: Sequence[str]) -> int:
         except EOFError:
             # Not through the exit functions: groups of a job that failed may be left.
             os._exit(0)
+        before = left_behind.State()
         try:
             dist.init_process_group(
                 os.environ[BACKEND], init_method=f"file://{store}", rank=rank, world_size=world
@@ -65,6 +66,11 @@ def serve(arguments: Sequence[str]) -> int:
                 dist.destroy_process_group()
             # A group and its threads live until its last user is collected: hundreds slow all.
             gc.collect()
+            # What is left need not be looked at again.
+            gc.freeze()
+        if result[0] == "ok":
+            # The next job is another test's.
+            list(before.put_back())
         connection.send(result)
 
 

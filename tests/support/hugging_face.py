@@ -14,6 +14,16 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8,
 }
+MARKERS = ("<|endofsystemprompt|>", "<|beginofuser|>", "<|beginofsystem|>", "<|endofchat|>")
+K2_TEMPLATE = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+    "<|endofsystemprompt|>"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}<|beginofuser|>{{ m['content'] }}<|beginofsystem|>"
+    "{% elif m['role'] == 'assistant' %}{{ m['content'] }}</s>{% endif %}"
+    "{% endfor %}"
+    "{% if not add_generation_prompt %}<|endofchat|>{% endif %}"
+)
 
 
 def llama(seed: int = 3, **changes: Any) -> Any:

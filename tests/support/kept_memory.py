@@ -83,6 +83,11 @@ def spec_of(config: Config, engine: Engine) -> ActivationSpec:
     )
 
 
+def shared_of(engine: Engine) -> list[Tensor]:
+    """Memory that two ranks share for their transfers, which is there all the time."""
+    return [axis.pair.blocks for axis in (engine.tp, engine.dp) if axis.pair is not None]
+
+
 def known_of(module: Any, *others: Tensor) -> list[Tensor]:
     """Tensors a stage holds before its first micro-batch."""
     tables = [value for value in vars(module.rotary).values() if isinstance(value, Tensor)]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from k2train.launch.environment import Launch
 from k2train.processes import descendants
 from k2train.run_lock.lock import RunLock
 from k2train.train.monitor import RunMonitor
-from k2train.train.preflight import Start, prepare_start, run_directory
+from k2train.train.preflight import Start, prepare_start
+from k2train.train.recorded_choices import run_directory
 from k2train.train.run import build, train_to_end
 from k2train.train.shutdown import OpenRun
 from k2train.train.trainer import Trainer
@@ -84,7 +85,7 @@ def config_tree(manifest: Path, directory: Path, name: str, **changes: Any) -> d
     }
     tree["run"] |= {"name": name, "directory": str(directory)}
     tree["data"] |= {"manifest": str(manifest), "sequence_length": SEQUENCE}
-    tree["batch"] = {"global_sequences": GLOBAL, "micro_sequences": 1}
+    tree["batch"] = {"global_sequences": GLOBAL, "micro_sequences": 3}
     tree["lr"] = {"kind": "cosine", "peak": 1e-2, "final": 1e-3, "warmup_steps": 3}
     for key, value in changes.items():
         section, _, inner = key.partition("__")
@@ -178,14 +179,14 @@ def wait_for(path: Path, process: forkserver.Process) -> None:
 
 def kill_all(process: "subprocess.Popen[str] | forkserver.Process") -> int:
     """`kill -9` the process or launcher and all workers at once; the return code."""
-    if isinstance(process, forkserver.Process):
-        process.kill()
-        return process.wait()
-    for pid in [process.pid, *descendants([process.pid])]:
-        try:
+    warm = isinstance(process, forkserver.Process)
+    below = descendants(process.pids if warm else [process.pid])
+    process.kill()
+    for pid in below:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    if warm:
+        return process.wait()
     process.communicate(timeout=forkserver.PATIENCE_SECONDS)
     return process.returncode
 

@@ -1,5 +1,6 @@
 """Small configs and training jobs shared by several test files."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def grid_of(launch: Launch, config: Config) -> ProcessGrid:
 
 
 def engine_of(config: Config, grid: ProcessGrid, fill: bool = True) -> Engine:
-    return Engine(Setup(config, grid.layout), grid, fill)
+    return Engine(Setup.of(config, grid.layout.world_size), grid, fill)
 
 
 def save_facts(step: int, adam_steps: int, **facts: Any) -> SaveFacts:
@@ -172,7 +173,13 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
     return shapes | {"norm.weight": (h,), "head.weight": (m.vocab_size, h)}
 
 
-def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
+Batches = Callable[[Config, ProcessGrid, int], list[MicroBatch]]
+"""This rank's micro-batches of a step."""
+
+
+def train_job(
+    launch: Launch, config: Config, steps: int, batches: Batches = microbatches_of
+) -> dict[str, Any]:
     """Some steps on the grid of `config`: losses, norms, and this rank's blocks of weights and
     reduced gradients.
     """
@@ -189,7 +196,7 @@ def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
 
     engine.gradients.reduce = reduced  # type: ignore[method-assign]
     for step in range(1, steps + 1):
-        result = engine.train_step(microbatches_of(config, grid, step), config.lr.peak)
+        result = engine.train_step(batches(config, grid, step), config.lr.peak)
         results.append((result.loss, result.grad_norm, result.applied))
 
     return {
@@ -197,5 +204,5 @@ def train_job(launch: Launch, config: Config, steps: int) -> dict[str, Any]:
         "results": results,
         "gradients": gradients,
         "weights": local_gradients(engine, engine.optimizer.master),
-        "held_out": engine.evaluate(microbatches_of(config, grid, 99)),
+        "held_out": engine.evaluate(batches(config, grid, 99)),
     }

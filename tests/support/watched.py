@@ -49,9 +49,9 @@ def do(fault: str) -> None:
         while True:
             pass
     elif fault == "sleep":
-        ctypes.CDLL(None).sleep(600)
+        ctypes.CDLL(None).sleep(3600)
     elif fault == "hold":
-        ctypes.PyDLL(None).sleep(600)
+        ctypes.PyDLL(None).sleep(3600)
     elif fault == "raise":
         raise ValueError("made up")
     elif fault in ("stop", "kill"):

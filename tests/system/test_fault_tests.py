@@ -25,6 +25,7 @@ from fault_tests import (
     disk_state,
     file_damage,
     memory_group,
+    ports,
     processes,
     result,
 )
@@ -46,6 +47,8 @@ from fault_tests.result import Bench, Result
 from fault_tests.tiny_run import TinyRun, make_tiny_run
 from k2train.fault_injection import POINTS, parse
 from k2train.record.metrics import StepRecord
+from tests.support import forkserver
+from tests.support.command_line import HANG_SECONDS, soon
 
 ROOT = Path(__file__).resolve().parents[2]
 fault_run: ModuleType = importlib.import_module("fault_run")
@@ -299,9 +302,47 @@ def test_samples_are_counted(change: str, tmp_path: Path) -> None:
     assert disk_state.sample_problems(tmp_path, world) != []
 
 
+def test_a_held_port_is_for_one_program_only() -> None:
+    """Catches a port that somebody else gets before the ranks meet there."""
+    with ports.held_port() as held, socket.socket() as stranger, socket.socket() as meant:
+        place = "127.0.0.1", ports.port_of(held)
+        with pytest.raises(OSError, match="in use"):
+            stranger.bind(place)
+        meant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        meant.bind(place)
+        meant.listen()
+        with socket.create_connection(place):
+            meant.accept()[0].close()
+
+
+WAITS_IF_SECOND = """
+import os, pathlib, sys, time
+while os.environ["RANK"] == "1" and not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+"""
+
+
+def test_the_port_of_a_job_is_held_until_its_last_rank_has_ended(tmp_path: Path) -> None:
+    """Catches ranks that find another program where they are to meet."""
+    (script := tmp_path / "waits.py").write_text(WAITS_IF_SECOND)
+    go_on, warm = tmp_path / "go_on", forkserver.server()
+    job = warm.start([[script, go_on]] * 2, os.environ, launched=True)
+    try:
+        assert soon(lambda: warm.poll() or 0 in job.ends)
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", job.port))
+        go_on.touch()
+        assert warm.wait(job, HANG_SECONDS) and job.codes == [0, 0]
+        assert job.held is not None and job.held.fileno() < 0, "a descriptor is left for each job"
+    finally:
+        warm.end(job)
+
+
 def test_a_process_left_behind_is_found() -> None:
     """Catches an orphan: alive in the group of the job, and no rank that is known."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], process_group=0)
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(3600)"], process_group=0
+    )
     try:
         assert [pid for pid, _ in processes.processes_of(child.pid, -1, set())] == [child.pid]
         assert processes.processes_of(child.pid, -1, {child.pid}) == []
@@ -390,7 +431,7 @@ def test_the_memory_controller_is_found(kind: str, limit: str, tmp_path: Path) -
 
 def test_the_kernel_kills_the_chosen_process_of_a_full_group() -> None:
     """Catches a group without a limit, and one that outlives the test with its processes."""
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeps = [sys.executable, "-c", "import time; time.sleep(3600)"]
     victim, other = (subprocess.Popen(sleeps) for _ in range(2))
     try:
         with MemoryGroup(f"k2train_test_{os.getpid()}") as group:
@@ -398,10 +439,10 @@ def test_the_kernel_kills_the_chosen_process_of_a_full_group() -> None:
             group.add([victim.pid, other.pid], victim.pid)
             group.start_hog()
             group.fill(room=4 << 20)
-            assert victim.wait(60) == -signal.SIGKILL
+            assert victim.wait(HANG_SECONDS) == -signal.SIGKILL
             assert other.poll() is None and group.kills == 1
         assert not group.folder.exists()
-        assert other.wait(60) == -signal.SIGKILL
+        assert other.wait(HANG_SECONDS) == -signal.SIGKILL
     finally:
         for process in (victim, other):
             process.kill()
@@ -608,7 +649,7 @@ def test_a_hang_is_ended_and_told(server: ForkServer, judged: tuple[TinyRun, Ref
     )
     began = time.monotonic()
     assert server.wait_as_launcher(job, 6, 2) != ""
-    assert time.monotonic() - began < 120 and job.over and server.left_behind(job) == []
+    assert time.monotonic() - began < HANG_SECONDS and job.over and server.left_behind(job) == []
 
 
 def test_endurance_is_the_same_for_the_same_seed(server: ForkServer, tmp_path: Path) -> None:
@@ -639,7 +680,7 @@ def test_the_short_set_holds(tmp_path: Path) -> None:
         command,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_SECONDS,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]

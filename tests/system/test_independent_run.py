@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from k2train.hf.names import transformers_name
 from tests.model.test_hugging_face import hugging_face
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import (
     GLOBAL,
     SEQUENCE,
@@ -135,7 +136,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def assert_run(run: Path, last: Path, found: Reference, start: dict[str, np.ndarray]) -> None:
     """Metrics and weights of a run are those of the loop."""
-    rows = lines_of(run / "metrics.jsonl")
+    rows = step_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(found.losses) + 1))
     for row, loss, norm in zip(rows, found.losses, found.norms, strict=True):
         assert row["loss"] == pytest.approx(loss, rel=TOLERANCE), row["step"]
@@ -180,7 +181,7 @@ def test_a_run_is_that_of_an_independent_loop(pool: GlooPool, base: Path, ranks:
 
     assert found.norms[0] > CLIP > min(found.norms), f"clipping must matter: {found.norms}"
     assert_run(run, checkpoint(run, len(ORDER)), found, start)
-    rows = lines_of(run / "metrics.jsonl")
+    rows = step_rows(run / "metrics.jsonl")
     assert [row["lr"] for row in rows] == pytest.approx(
         [rate(step, STEPS) for step in range(1, STEPS + 1)], rel=1e-12
     )

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.command_line import HANG_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "mutation_check.py"
 
@@ -74,6 +76,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A warm process without the repository, from which every run of this file is forked."""
     with tool.warm_server(tmp_path_factory.mktemp("server")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository, of which every run of this file has links."""
+    copied: Path = tool.copy_repository(ROOT, tmp_path_factory.mktemp("repository") / "clean")
+    return copied
 
 
 @pytest.fixture
@@ -148,11 +157,14 @@ def test_a_test_that_is_red_anyway_is_no_proof(server: Any, repository: Path) ->
 def test_list_and_usage() -> None:
     """Catches a list that runs tests, and a name that matches nothing taken for success."""
     listed = subprocess.run(
-        [sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(TOOL), "--list"], capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert listed.returncode == 0 and len(listed.stdout.splitlines()) == len(tool.MUTATIONS) + 2
     nothing = subprocess.run(
-        [sys.executable, str(TOOL), "--only", "zzz"], capture_output=True, text=True, timeout=120
+        [sys.executable, str(TOOL), "--only", "zzz"],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert nothing.returncode == 2 and "no mutation's name contains 'zzz'" in nothing.stderr
 
@@ -168,7 +180,7 @@ def test_list_and_usage() -> None:
         for mutation in tool.MUTATIONS
     ],
 )
-def test_every_mutation_is_caught(server: Any, mutation: Any) -> None:
+def test_every_mutation_is_caught(server: Any, clean: Path, mutation: Any) -> None:
     """Catches a suite that one of the known faults of training code passes through."""
-    outcome = tool.check_mutation(server, mutation)
+    outcome = tool.check_mutation(server, mutation, clean)
     assert outcome.caught, f"{mutation.test} does not see it: {outcome.detail}"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command_line import hear_signals
+from tests.support.command_line import HANG_SECONDS, hear_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,8 @@ class Copy:
         shutil.copytree(ROOT / "scripts", self.root / "scripts")
         shutil.copytree(ROOT / "constraints", self.root / "constraints")
         shutil.copytree(ROOT / ".ci", self.root / ".ci")
-        shutil.copy(ROOT / "pyproject.toml", self.root)
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, self.root)
         self.elsewhere = folder / "elsewhere"
         self.elsewhere.mkdir()
         self.stand_in = folder / "stand-in"
@@ -89,7 +90,7 @@ class Copy:
         self, script: str, *arguments: str, **variables: str
     ) -> "subprocess.CompletedProcess[str]":
         process = self.start(script, *arguments, **variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=HANG_SECONDS)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def calls(self, start: str) -> list[str]:
@@ -166,7 +167,7 @@ def test_setup_knows_what_an_extra_includes(copy: Copy) -> None:
     assert len(copy.calls("-m pip")) == 1
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints/cpu.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "constraints/cpu.txt"])
 def test_setup_installs_again_when_the_requirements_change(copy: Copy, name: str) -> None:
     """Catches a stale environment after a pull."""
     path = without_cuda(copy)
@@ -251,6 +252,8 @@ def test_quickstart_does_all_parts_in_order(copy: Copy) -> None:
         "train stage 1",
         "train stage 2",
         "show the result",
+        "write the report of stage 1",
+        "write the report of stage 2",
         "what the model says before training",
         "what it says after training",
         "done",
@@ -323,6 +326,88 @@ def test_quickstart_ends_at_the_part_that_failed(
     assert "== show the result" not in ended.stdout
 
 
+TOUR = [
+    "the quickstart",
+    "install what an evaluation needs",
+    "evaluate the checkpoints",
+    "index the training data",
+    "look for test items in the data",
+    "galleries",
+    "write the report again, with the scores",
+    "prepare conversations",
+    "train on them",
+    "release all of it",
+    "verify the release",
+    "talk with the demo",
+]
+
+
+def with_tools(copy: Copy) -> Copy:
+    """The copy with files of the names of all tools, and a run that was evaluated."""
+    (copy.root / "tools").mkdir()
+    for name in ("evaluate", "trace", "contamination", "gallery"):
+        (copy.root / "tools" / f"{name}.py").touch()
+    (copy.root / "runs/demo-stage1/evaluation").mkdir(parents=True)
+    return copy
+
+
+def test_the_tour_does_all_parts_in_order(copy: Copy) -> None:
+    """Catches a part left out or misplaced, and arguments that do not reach all trainings."""
+    done = with_tools(copy).run("scripts/tour.sh", "run.seed=1")
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("== done\n")[-1].split("\n\n")[0].splitlines()
+    assert [line.split("  ")[-1] for line in table] == [*TOUR, "in all"]
+    assert "== left out" not in done.stdout
+    # The quickstart in it does not say what to do next before the tour has ended.
+    assert done.stdout.count("== what to do next") == 1
+    assert "open runs/demo-stage1/gallery/pages/index.html" in done.stdout.split("== done\n")[-1]
+    calls = copy.calls_file.read_text(encoding="utf-8")
+    told = [line.strip() for line in calls.splitlines() if "k2train.train " in line]
+    assert len(told) == 3 and all("run.seed=1" in line for line in told)
+    assert "-m k2train.train configs/demo/chat.yaml run.seed=1" in told[2]
+
+
+def test_the_tour_leaves_out_what_is_not_installed(copy: Copy) -> None:
+    """Catches a tour that ends at the first missing package, or hides what it did not do."""
+    bare = copy.elsewhere / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n', encoding="utf-8")
+    bare.chmod(0o755)
+    done = with_tools(copy).run("scripts/tour.sh", REAL_PYTHON=str(bare))
+    assert done.returncode == 0, done.stderr
+    left = done.stdout.split("== left out\n")[1].split("\n\n")[0].splitlines()
+    assert left == ["evaluate the checkpoints: the package lm_eval is not installed"]
+    assert "--no-check" in copy.calls("tools/release.py")[0]
+
+    (copy.root / "tools/gallery.py").unlink()
+    again = copy.run("scripts/tour.sh", REAL_PYTHON=str(bare))
+    assert "galleries: there is no tools/gallery.py" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "code", "told"),
+    [
+        (
+            {"CODE_k2train_train": "75"},
+            75,
+            'tour: stopped in "train on them"; to go on: bash scripts/tour.sh',
+        ),
+        (
+            {"TOOL_CODE": "2"},
+            2,
+            'tour: "the quickstart" failed (exit code 2); its message is above',
+        ),
+    ],
+)
+def test_the_tour_ends_at_the_part_that_failed(
+    copy: Copy, variables: dict[str, str], code: int, told: str
+) -> None:
+    """Catches a release of a model whose training failed."""
+    ended = with_tools(copy).run("scripts/tour.sh", **variables)
+    assert ended.returncode == code
+    assert ended.stderr.splitlines()[-1] == told
+    assert not copy.calls("tools/release.py")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
     copy: Copy, number: signal.Signals
@@ -337,9 +422,9 @@ def test_quickstart_passes_a_signal_on_and_waits_for_the_save(
             break
     time.sleep(0.2)
     process.send_signal(number)
-    process.wait(timeout=120)
+    process.wait(timeout=HANG_SECONDS)
     assert copy.calls_file.with_suffix(".saved").exists(), "it ended before the training had saved"
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, err
     assert (
         err.splitlines()[-1]
@@ -353,13 +438,13 @@ def test_test_script_runs_the_checks_and_the_quick_tests(copy: Copy) -> None:
     calls = copy.calls("-m ")
     assert [line.split()[1] for line in calls[:4]] == ["venv", "pip", "ruff", "ruff"]
     # These two run side by side.
-    assert sorted(calls[4:]) == ["-m mypy", "-m pytest -q -n 2 -m not_slow"]
+    assert sorted(calls[4:]) == ["-m mypy", "-m pytest -q -n 3 -m not_slow"]
 
 
 def test_test_script_runs_everything_and_shows_durations(copy: Copy) -> None:
     """Catches a lane that leaves tests out, and options of ours that reach pytest."""
     assert copy.run("scripts/test.sh", "--durations", "--all").returncode == 0
-    assert "-m pytest -q -n 2 --durations=25" in copy.calls("-m ")
+    assert "-m pytest -q -n 3 --durations=25" in copy.calls("-m ")
     assert copy.run("scripts/test.sh", K2TRAIN_TEST_WORKERS="7").returncode == 0
     assert "-m pytest -q -n 7 -m not_slow" in copy.calls("-m ")
 
@@ -404,7 +489,7 @@ def test_continuous_integration_runs_everything(copy: Copy) -> None:
     """
     nothing_more = {"K2TRAIN_REQUIRE_SLURM": "0", "K2TRAIN_CUDA_PYTHON": ""}
     assert copy.run(".ci/run", **nothing_more).returncode == 0
-    assert "-m pytest -q -n 2" in copy.calls("-m ")
+    assert "-m pytest -q -n 3" in copy.calls("-m ")
     assert copy.run(".ci/run", **nothing_more, CODE_pytest="1").returncode == 1
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from k2train.processes import descendants
 from k2train.record.system_info import environment_facts, job_facts
+from tests.support.command_line import HANG_SECONDS
 from tests.support.tiny_corpus import (
     ROOT,
     cold_command,
@@ -33,14 +34,19 @@ NAMES = (
 
 
 def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
-    """Searches the files, terminal output and command lines of a whole run with W&B offline.
+    """Searches the files, terminal output and command lines of a whole run with W&B offline
+    and TensorBoard.
 
     Also the output of `--explain`.
     """
     pytest.importorskip("wandb")
     make_corpus(tmp_path / "data", chunks=1)
     tree = config_tree(
-        tmp_path / "data" / "manifest.json", tmp_path / "runs", "run", wandb={"mode": "offline"}
+        tmp_path / "data" / "manifest.json",
+        tmp_path / "runs",
+        "run",
+        wandb={"mode": "offline"},
+        tracking={"tensorboard": True},
     )
     path = write_yaml(tmp_path / "run.yaml", tree)
     secrets = environment(**dict.fromkeys(NAMES, SECRET))
@@ -49,7 +55,7 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
         env=secrets,
         cwd=ROOT,
         capture_output=True,
-        timeout=100,
+        timeout=HANG_SECONDS,
         check=True,
     )
     running = subprocess.Popen(
@@ -62,7 +68,7 @@ def test_a_run_leaves_no_secret_anywhere(tmp_path: Path) -> None:
     lines: set[bytes] = set()
     watcher = threading.Thread(target=_watch, args=(running, lines))
     watcher.start()
-    said, _ = running.communicate(timeout=200)
+    said, _ = running.communicate(timeout=HANG_SECONDS)
     watcher.join()
     assert running.returncode == 0, said
     files = tree_of(tmp_path)

@@ -33,8 +33,10 @@ from k2train.data.manifest import read_manifest
 from k2train.data.verify.chunks import verify_chunks
 from k2train.errors import CheckpointError, ConfigError, DataError, RunError, UserError
 from k2train.launch.environment import Launch
+from k2train.processes import peak_resident_bytes
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import read_metrics
+from tests.support.command_line import HANG_SECONDS
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     ROOT,
@@ -49,7 +51,7 @@ from tests.support.tiny_corpus import (
 Hostile = Callable[[Path, Path], object]
 """Damages the first path; the second is an outside folder with a file of another user."""
 MEMORY_BYTES = 400 * 2**20
-SECONDS = 10
+SECONDS = int(HANG_SECONDS)
 DEEP = "[" * 100_000
 
 
@@ -98,7 +100,9 @@ def bounded(what: Callable[[], Any]) -> Any:
     def late(number: int, frame: FrameType | None) -> None:
         raise Overtime(f"not done after {SECONDS} s")
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The peak begins anew: an earlier test's would hide this one's.
+    Path("/proc/self/clear_refs").write_text("5\n")
+    before = peak_resident_bytes()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     # The machine is shared: what asks for terabytes gets an error, not the memory.
@@ -111,7 +115,7 @@ def bounded(what: Callable[[], Any]) -> Any:
         signal.alarm(0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, handler)
-        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        grown = peak_resident_bytes() - before
         assert grown < MEMORY_BYTES, f"the process grew by {grown} bytes"
 
 
@@ -135,6 +139,10 @@ CALLS = re.compile(
 )
 
 
+SANDBOXED = {"k2train/evaluation/code_sandbox_child.py: exec"}
+"""Runs programs of a model, which is its purpose: behind walls, and only with `--run-code`."""
+
+
 def test_no_way_in_unpickles_or_runs_what_it_reads() -> None:
     """Catches the import or the call that would make a file into a program."""
     found = []
@@ -155,7 +163,7 @@ def test_no_way_in_unpickles_or_runs_what_it_reads() -> None:
             unsafe = CALLS.fullmatch(called) is not None or (
                 called == "np.load" and keywords.get("allow_pickle", "False") != "False"
             )
-            if unsafe and keywords.get("shell") is None:
+            if unsafe and keywords.get("shell") is None and f"{name}: {called}" not in SANDBOXED:
                 found.append(f"{name}:{node.lineno}: {called}")
             if keywords.get("shell") == "True":
                 found.append(f"{name}:{node.lineno}: a shell")

@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.support.command_line import load_tool, soon
+from tests.support.command_line import HANG_SECONDS, load_tool, soon
 
 tool = load_tool("bench")
 
@@ -237,12 +237,12 @@ def test_a_part_that_hangs_is_ended_and_leaves_what_it_had(
     text = "".join(json.dumps(line) + "\n" for line in lines) + '{"part": "layers", "wh'
     (tmp_path / "text").write_text(text)
     # A shell: it has written long before its time is up, also on a busy machine.
-    program = f"cat '{tmp_path / 'text'}' >'{rows}'; exec sleep 600"
+    program = f"cat '{tmp_path / 'text'}' >'{rows}'; exec sleep 3600"
     monkeypatch.setattr(runner, "part_command", lambda *_: ["sh", "-c", program])
     monkeypatch.setattr(runner, "GRACE_SECONDS", 0.5)
     began = time.monotonic()
     found = run_part(PART["layers"], given_of(tmp_path), 1.5)
-    assert time.monotonic() - began < 120, "it was waited for"
+    assert time.monotonic() - began < HANG_SECONDS, "it was waited for"
     assert [(row["what"], row["status"]) for row in found] == [("one", "ok"), ("two", "failed")]
     assert "ended after 2 s" in found[1]["why"]
 
@@ -258,7 +258,7 @@ def test_nothing_that_a_part_started_outlives_it(tmp_path: Path) -> None:
         "command = [sys.executable, *sys.argv[:2], *names[1:]]\n"
         "if names: subprocess.Popen(command, **apart)\n"
         "open(os.path.join(sys.argv[1], f'pid_{len(names)}_{os.getpid()}'), 'w').close()\n"
-        "time.sleep(600)\n"
+        "time.sleep(3600)\n"
     )
     script = tmp_path / "tree.py"
     script.write_text(program)
@@ -274,7 +274,7 @@ def test_nothing_that_a_part_started_outlives_it(tmp_path: Path) -> None:
         assert soon(lambda: len(started()) == 3), log.read_text()
         end_tree(process)
         assert process.returncode == -signal.SIGKILL
-        assert soon(lambda: not {*started()} & {*live_processes()}, 10)
+        assert soon(lambda: not {*started()} & {*live_processes()})
     finally:
         for pid in {*started()} & {*live_processes()}:
             os.kill(pid, signal.SIGKILL)

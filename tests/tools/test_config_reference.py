@@ -4,7 +4,8 @@ from pathlib import Path
 
 import config_reference
 import pytest
-from config_reference import BLOCK, EXAMPLE, RECIPE_MEANINGS, RECIPES, tables, with_tables
+from config_meanings import RECIPE_MEANINGS, RECIPES
+from config_reference import BLOCK, EXAMPLE, tables, with_tables
 
 from k2train.config.load import load_config
 from k2train.config.schema import flat_values, sections

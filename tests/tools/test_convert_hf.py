@@ -3,10 +3,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from k2train.checkpoint.manifest import manifest_text, seal
 from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from tests.hf.conftest import tokenizer, trained  # noqa: F401
 from tests.support.command_line import load_tool
 from tests.support.hugging_face import tensors_of
@@ -65,6 +68,51 @@ def test_while_the_run_goes_on(
     assert json.loads((tmp_path / "out" / "k2train_export.json").read_text())["step"] == 0
 
 
+def test_a_run_that_saves_meanwhile(
+    trained: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches an export that takes an older checkpoint, or gives up, because the newest one went
+    away under it: the run has a newer one by then.
+    """
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(trained / "checkpoints", folder)
+    right, seen = tool.export, []
+
+    def export(source: Any, *rest: Any) -> Any:
+        seen.append(source.path.name)
+        if len(seen) == 1:
+            content = json.loads((folder / "ckpt_001" / "manifest.json").read_text())
+            (folder / "ckpt_001").rename(folder / "ckpt_002")
+            content = seal(content | {"name": "ckpt_002"})
+            (folder / "ckpt_002" / "manifest.json").write_text(manifest_text(content))
+        return right(source, *rest)
+
+    monkeypatch.setattr(tool, "export", export)
+    given = ["export", str(folder.parent), str(tmp_path / "out"), "--tokenizer", "none"]
+    assert tool.main([*given, "--no-check"]) == 0
+    assert seen == ["ckpt_001", "ckpt_002"]
+    assert "refused before: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "k2train_export.json").read_text())["step"] == 5
+
+
+def test_a_newer_save_is_said(
+    trained: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches an export of the start of a run that was stopped inside its first chunk."""
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(trained / "checkpoints" / "ckpt_000", folder / "ckpt_000")
+    shutil.copytree(trained / "checkpoints" / "ckpt_000", folder / "ckpt_000_step_000003")
+    given = ["export", str(folder.parent), str(tmp_path / "out"), "--tokenizer", "none"]
+    assert tool.main([*given, "--no-check"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "ckpt_000_step_000003 is newer, a save inside a chunk: name it" in first
+
+
 def test_mistakes_are_one_line(
     trained: Path,  # noqa: F811
     tmp_path: Path,
@@ -103,7 +151,27 @@ def test_a_tokenizer_that_is_not_the_runs(
     line = line_of(
         capsys, 2, "export", trained, tmp_path / "out", "--tokenizer", tmp_path / "t.model"
     )
-    assert "t.model is not that of" in line and "the run's tttttttttttt" in line
+    assert "t.model: is not the tokenizer of" in line and "the checkpoint's abababababab" in line
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(
+    trained: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches ids without a row, where imported data names its tokenizer in words and no hash says
+    that it is another one.
+    """
+    lines = ["the " + "".join(chr(97 + n * k % 26) for k in range(9)) for n in range(400)]
+    train_tokenizer(lines, 350).save(tmp_path / "t.model")
+    run = tmp_path / "run"
+    shutil.copytree(trained / "checkpoints" / "ckpt_000", run / "checkpoints" / "ckpt_000")
+    file = run / "checkpoints" / "ckpt_000" / "manifest.json"
+    content = json.loads(file.read_text())
+    content["data"]["tokenizer_sha256"] = "as theirs"
+    file.write_text(manifest_text(seal(content)))
+    line = line_of(capsys, 2, "export", run, tmp_path / "out", "--tokenizer", tmp_path / "t.model")
+    assert "has 368 ids, its model 361; they do not belong together" in line
 
 
 def test_k2_65b_is_planned_without_a_checkpoint(

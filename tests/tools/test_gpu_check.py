@@ -49,7 +49,7 @@ from gpu_checks.page import page  # noqa: E402
 from gpu_checks.results import read_result, result_of, write_result  # noqa: E402
 from k2train.errors import EXIT_INTERRUPTED, RunError  # noqa: E402
 from k2train.hf import names as llama_names  # noqa: E402
-from k2train.model.kernels import select  # noqa: E402
+from k2train.model.kernels import choose_attention, select  # noqa: E402
 from k2train.processes import descendants, live_processes  # noqa: E402
 from k2train.record.events import Starting  # noqa: E402
 from k2train.record.ledger import Ledger  # noqa: E402
@@ -253,7 +253,10 @@ def test_a_signal_ends_the_check_and_its_parts(name: str, tmp_path: Path) -> Non
     """Catches a part that goes on on the device after the check, also at the end of a terminal."""
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--dry-run"]
     command += ["--only", "recompute", "--folder", str(tmp_path)]
+    # Under nohup these tests ignore SIGHUP, and hand that on.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     check = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGHUP, before)
     rows, parts = tmp_path / "rows_recompute.jsonl", list[int]()
     try:
         assert soon(lambda: rows.exists() and "begun" in rows.read_text()), check.poll()
@@ -412,7 +415,25 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         "fp32, references": "ok",
         "fp32, attention flash": "failed",
         "fp32, attention sdpa": "ok",
+        "bf16, documents, references": "ok",
+        "bf16, documents, attention auto": "ok",
+        "bf16, documents, attention sdpa": "ok",
+        "bf16, documents, attention flash": "failed",
+        **{f"bf16, documents, attention flash_attn_{n}": "unavailable" for n in (2, 3, 4)},
     }
+
+
+def test_a_kernel_that_looks_over_borders_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows of one document each, in which no kernel can be wrong about borders."""
+    monkeypatch.setattr(
+        choose_attention, "packed", lambda kernel: lambda q, k, v, documents: kernel(q, k, v, None)
+    )
+    monkeypatch.setattr(part_kernels, "WITHIN", ("auto", "sdpa"))
+    bench, stream = bench_of()
+    with part_kernels.world_of_one(bench):
+        part_kernels.within_documents(bench)
+    status = [found["status"] for found in rows_in(stream).values()]
+    assert status == ["ok", "failed", "failed"]
 
 
 def test_every_choice_of_the_config_is_checked() -> None:

@@ -40,7 +40,7 @@ from k2train.record.ledger import Ledger
 from k2train.record.metrics import StepRecord
 from k2train.text import clean, table
 from tests.support.command_line import load_tool
-from tests.support.data_folder import add_chunk, finish, write_pieces
+from tests.support.data_folder import add_chunk, finish, rewrite, with_files, write_pieces
 from tests.support.events import entries, event
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -329,6 +329,39 @@ def test_a_row_is_shown_with_marks(
     assert "repeat" in shown and "none" in shown
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\x1b[1m⟦</s>⟧\x1b[0m" in show(*words)
+
+
+def test_what_is_learned_is_marked(build: Build, ask: Ask, show: Ask, tokenizer: Tokenizer) -> None:
+    """Catches marks on other tokens than the mask's, and targets that are another chunk's."""
+    corpus = build()
+    row = 3
+    ids = open_chunk(corpus.manifest, corpus.manifest.chunks[0])[row].tolist()
+    learned = np.zeros((ROWS, LENGTH), dtype=bool)
+    learned[:, 1] = True
+    learned[row] = False
+    learned[row, 4:7] = learned[row, -1] = True
+    infos = [with_files(corpus.folder, info, mask=learned) for info in corpus.manifest.chunks]
+    rewrite(corpus.folder, chunks=infos)
+
+    (found,) = ask(corpus.folder, "--chunk", 0, "--row", row)["rows"]
+    marks = [mark for piece in found["pieces"] for mark in piece["learned"]]
+    assert marks == learned[row].tolist()
+    parts = [part for piece in found["pieces"] for part in piece["text"]]
+    said = "".join(part["text"] for part in parts if part["learned"])
+    assert said == "".join(
+        part["text"] for run in (ids[4:7], ids[-1:]) for part in text_parts(tokenizer, run)
+    )
+    marked = show(corpus.folder, "--chunk", 0, "--row", row, "--ids")
+    for run in (ids[4:7], ids[-1:]):
+        assert f"«{' '.join(map(str, run))}»" in marked
+
+    targets = ROWS + 3
+    assert f"{targets:,} targets, " in show(corpus.folder, "--chunk", 0)
+    account = show(corpus.folder, "--chunks")
+    assert f"loss masks: {CHUNKS * targets:,} targets, " in account
+    facts = ask(corpus.folder)
+    assert facts["targets"] == CHUNKS * targets
+    assert [chunk["targets"] for chunk in facts["chunks"]] == [targets] * CHUNKS
 
 
 def test_without_a_tokenizer_there_are_ids_and_a_word_about_it(

@@ -14,6 +14,7 @@ from k2train.errors import RunError
 from k2train.record.events import CheckpointSaved
 from k2train.record.ledger import Ledger
 from k2train.record.metrics import MetricsWriter, StepRecord
+from tests.support.command_line import HANG_SECONDS
 from tests.support.events import event
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,7 +79,9 @@ def test_the_command_writes_the_file_or_one_line(tmp_path: Path) -> None:
 
     def plot(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, str(ROOT / "tools/plot_loss.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False
+        )
 
     done = plot(str(run), "--svg", str(picture))
     assert (done.returncode, done.stderr) == (0, "")

@@ -13,6 +13,7 @@ import pytest
 from k2train.record.events import CheckpointSaved, ChunkStarted, Finished, Started, Stopped
 from k2train.record.ledger import Ledger
 from k2train.record.metrics import MetricsWriter, StepRecord
+from tests.support.command_line import HANG_SECONDS
 from tests.support.events import event
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def _show(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "show_run.py"), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", timeout=120, check=False
+        command, capture_output=True, text=True, cwd="/", timeout=HANG_SECONDS, check=False
     )
 
 
@@ -177,5 +178,7 @@ def test_it_needs_neither_torch_nor_an_installed_package(tmp_path: Path) -> None
         "sys.modules)"
     )
     command = [sys.executable, "-c", code, str(ROOT / "tools" / "show_run.py"), str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", timeout=HANG_SECONDS, check=True
+    )
     assert done.stdout.splitlines()[-1] == "left 0 False False"

@@ -29,6 +29,7 @@ from tests.support.data_folder import (
     finish,
     flip,
     rehash,
+    rewrite,
     with_files,
     write_pieces,
 )
@@ -909,3 +910,31 @@ def test_without_pyarrow_nothing_is_called_whole(
     monkeypatch.setattr("k2train.data.verify.chunks.parquet", None)
     with pytest.raises(UserError, match="pip install"):
         list(verify_chunks(manifest, manifest.all_chunks()))
+
+
+def test_loss_masks_are_verified(manifest: Manifest, capsys: Any, tool: Any) -> None:
+    """Catches a mask that is not read, one whose hash alone is, and a file that counts as stray."""
+    mask = np.zeros((ROWS, LENGTH), dtype=bool)
+    mask[:, 3:9] = True
+    here = manifest.folder
+    infos = [with_files(here, info, mask=mask) for info in manifest.all_chunks()]
+    masked = rewrite(here, chunks=infos[:-1], held_out=infos[-1])
+    assert problems_of(masked) == []
+    assert tool.main([str(here)]) == 0
+    assert capsys.readouterr().out.count(f"{ROWS * 6} targets of its loss mask") == 4
+
+    path = here / "chunk_001.mask.npy"
+    whole = path.read_bytes()
+    flip(path)
+    assert [line.split(" (")[0] for line in problems_of(masked)] == ["chunk_001"]
+    path.write_bytes(whole)
+    stored = np.load(path)
+    stored[7] = 0
+    np.save(path, stored)
+    (problem,) = problems_of(rehash(masked))
+    assert problem.startswith("chunk_001 ") and "row 7 of the loss mask has no target" in problem
+    path.write_bytes(whole)
+    (here / "chunk_007.mask.npy").write_bytes(whole)
+    assert ["chunk_007.mask.npy" in line for line in problems_of(masked) if "like a" in line] == [
+        True
+    ]

@@ -195,13 +195,23 @@ def without_line(run: Path, name: str, line: int) -> None:
 
 def moved_and_doubled(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    order = [1, 0, *range(2, len(lines)), len(lines) - 1]
+    # The first and the last line are held-out losses.
+    order = [0, 2, 1, *range(3, len(lines) - 1), len(lines) - 2, len(lines) - 1]
     (run / "metrics.jsonl").write_bytes(b"".join(lines[number] for number in order))
+
+
+def rescored(run: Path, *names: str) -> None:
+    """Change the last held-out loss of files, their checks right."""
+    for name in names:
+        *lines, last = (run / name).read_bytes().splitlines(keepends=True)
+        row = {key: value for key, value in json.loads(last).items() if key != "check"}
+        row.get("held_out", {"held_out": row})["held_out"]["loss"] = 1.5
+        (run / name).write_bytes(b"".join([*lines, with_check(encode_line(row))]))
 
 
 GAPS: list[tuple[Callable[[Path], object], list[str]]] = [
     (
-        lambda run: without_line(run, "metrics.jsonl", 2),
+        lambda run: without_line(run, "metrics.jsonl", 3),
         [r"metrics.jsonl: step 3 of the 5 up to the newest checkpoint has no line"],
     ),
     (
@@ -211,8 +221,8 @@ GAPS: list[tuple[Callable[[Path], object], list[str]]] = [
     (
         moved_and_doubled,
         [
-            r"metrics.jsonl: line 2 is of step 1 of attempt 1, after its step 2: lines were moved",
-            r"metrics.jsonl: line 6 is of step 5 of attempt 2, after its step 5",
+            r"metrics.jsonl: line 3 is of step 1 of attempt 1, after its step 2: lines were moved",
+            r"metrics.jsonl: line 7 is of step 5 of attempt 2, after its step 5",
         ],
     ),
     (
@@ -230,6 +240,25 @@ GAPS: list[tuple[Callable[[Path], object], list[str]]] = [
     (
         lambda run: (run / "held_out.jsonl").unlink(),
         [r"at step 0, in ckpt_000, has no line", r"at step 5, in ckpt_001, has no line"],
+    ),
+    (
+        lambda run: without_line(run, "metrics.jsonl", 6),
+        [
+            r"metrics.jsonl: the score of set held_out at step 5, attempt 2, in held_out.jsonl, "
+            r"line 2, has no line"
+        ],
+    ),
+    (
+        lambda run: rescored(run, "held_out.jsonl"),
+        [
+            r"held_out.jsonl: the score of set held_out at step 5, in ckpt_001, is \S+ over 24 "
+            r"rows, its last line says 1.5 over 24",
+            r"metrics.jsonl: line 7 has the score .* one of them was changed",
+        ],
+    ),
+    (
+        lambda run: rescored(run, "held_out.jsonl", "metrics.jsonl"),
+        [r"in ckpt_001, is \S+ over 24 rows, its last line says 1.5 over 24"],
     ),
 ]
 
@@ -345,7 +374,7 @@ def test_ids_that_are_not_those_of_the_chunk_are_named_by_step(
 
     assert problems(run) == []
     (found,) = problems(run, str(base / "data"))
-    assert "chunk_000.npy: 1 steps were fed other ids" in found and "the first is step 2 " in found
+    assert "chunk_000.npy: 1 step was fed other ids" in found and "the first is step 2 " in found
 
     inspect = runpy.run_path(str(ROOT / "tools" / "inspect_data.py"))["main"]
     # These data have no provenance to show, which is found only after the ids were compared.
@@ -361,17 +390,18 @@ def test_the_ids_of_every_attempt_are_compared(run: Path, tmp_path: Path, whole:
     rows = [json.loads(line) for line in lines]
     for row in rows:
         del row["check"]
-    rows[1]["ids"] = "0" * 16
-    again = dict(rows[1], attempt=9, ids=json.loads(lines[1])["ids"])
+    # The first line has the held-out loss before the first step.
+    rows[2]["ids"] = "0" * 16
+    again = dict(rows[2], attempt=9, ids=json.loads(lines[2])["ids"])
     # Its root would have to be in the roots, too.
     del again["state_root"]
-    del rows[3]["ids"]
+    del rows[4]["ids"]
     encoded = [with_check(encode_line(row)) for row in [*rows, again]]
     (run / "metrics.jsonl").write_bytes(b"".join(encoded))
 
     found = list(TOOL["problems_of"](run, str(data)))
     (wrong,) = (problem.text for problem in found if not problem.note)
-    assert "1 steps were fed other ids" in wrong and "is step 2 (attempt 1, rows 12-23)" in wrong
+    assert "1 step was fed other ids" in wrong and "is step 2 (attempt 1, rows 12-23)" in wrong
     assert [
         problem.text for problem in found if problem.note and "hash of their ids" in problem.text
     ]

@@ -5,13 +5,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from pydantic import TypeAdapter
 
 from k2train.data.array_file import FileIdentity
 from k2train.data.chunk import ChunkIdentity
 from k2train.errors import UnavailableError
 from k2train.parallel.messages import decode, encode
-from k2train.train.batches import BatchSource, DamagedChunkError, UnavailableChunkError
+from k2train.train.batches import (
+    BatchSource,
+    DamagedChunkError,
+    UnavailableChunkError,
+    _marks,
+)
 
 FILE = ChunkIdentity(FileIdentity(7, 100, 1, 1))
 TOUCHED = ChunkIdentity(FileIdentity(7, 100, 1, 2))
@@ -31,9 +37,13 @@ class Told:
             raise self.first_says
         return self.first_says
 
-    def all(self, mine: Any, form: TypeAdapter[Any], what: str) -> Any:
-        # As they arrive: through the form that was agreed on.
-        return [decode(encode(told, form), form) for told in self.ranks]
+    def to_first(self, row: torch.Tensor) -> torch.Tensor:
+        assert row.shape == (4,) and row.dtype == torch.int64
+        return torch.stack([_marks(*told) for told in self.ranks])
+
+    def from_first(self, value: Any, form: TypeAdapter[Any], what: str) -> Any:
+        # As it arrives: through the form that was agreed on.
+        return decode(encode(value, form), form)
 
 
 def source(told: Told) -> BatchSource:

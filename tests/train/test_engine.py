@@ -24,6 +24,7 @@ from k2train.plan.layout import Layout
 from k2train.train.axes import axes_of
 from k2train.train.setup import Setup
 from tests.support.gloo_pool import GlooPool
+from tests.support.kept_memory import Made, known_of
 from tests.support.tiny_model import (
     assemble,
     engine_of,
@@ -116,6 +117,35 @@ def test_kernels_equal_their_reference(
         assert np.abs(value - written_out[1][name]).max() <= 1e-5 * np.abs(value).max(), name
 
 
+def threads_job(launch: Launch, config: Any, threads: int) -> Any:
+    """`train_job` with so many threads; the process has one again afterwards."""
+    torch.set_num_threads(threads)
+    try:
+        return train_job(launch, config, STEPS)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_more_threads_than_cores_compute_the_same(pool: GlooPool) -> None:
+    """Catches rows that two threads write or that none does, and sums in an order that varies.
+
+    A micro-batch has as many elements as torch divides over threads.
+    """
+    sizes = {"model__hidden_size": 64, "model__num_layers": 2, "data__sequence_length": 256}
+    config = tiny_config(**sizes, batch__global_sequences=8, batch__micro_sequences=4)
+    one, two, four, again = (
+        pool.run(1, threads_job, config, threads)[0] for threads in (1, 2, 4, 4)
+    )
+    assert again["results"] == four["results"]
+    shapes = shapes_of(config)
+    weights, *others = (assemble([part["weights"]], shapes) for part in (one, two, four, again))
+    for part, found in zip((two, four), others, strict=False):
+        assert np.allclose(part["results"], one["results"], rtol=2e-6, atol=0)
+        for name, value in weights.items():
+            assert np.abs(found[name] - value).max() <= 1e-5 * np.abs(value).max(), name
+    assert all(np.array_equal(others[1][name], others[2][name]) for name in weights)
+
+
 @pytest.mark.parametrize(("tp", "pp"), ((1, 1), (2, 2)))
 def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
     """Computing a block again in the backward, collectives included, gives the same bits as keeping
@@ -132,25 +162,14 @@ def test_recompute_changes_no_bit(pool: GlooPool, tp: int, pp: int) -> None:
 
 
 def saved_bytes_job(launch: Launch, config: Any) -> int:
-    """Bytes autograd keeps between forward and backward of one
-    micro-batch, parameters not counted.
-    """
+    """Bytes held between forward and backward of one micro-batch, parameters not counted."""
     engine = engine_of(config, grid_of(launch, config))
-    owned = {p.data_ptr() for stage in engine.stages.values() for p in stage.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in owned:
-            kept[tensor.data_ptr()] = max(
-                kept.get(tensor.data_ptr(), 0), tensor.numel() * tensor.element_size()
-            )
-        return tensor
-
     tokens = microbatches_of(config, engine.grid, 1)[0].tokens
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = engine.stages[0].loss(engine.stages[0](tokens), tokens)
+    stage = engine.stages[0]
+    with Made(known_of(stage, tokens)) as made:
+        loss = stage.loss(stage(tokens), tokens)
     assert loss.requires_grad
-    return sum(kept.values())
+    return made.still_bytes()
 
 
 def test_recompute_keeps_less(pool: GlooPool) -> None:
@@ -223,16 +242,12 @@ def split_job(launch: Launch, config: Any) -> dict[str, list[int]]:
         if p.dim() == 2
     ]
     counts: dict[str, list[int]] = {"I": [], "W": [], "of": [len(matrices)]}
-    run = engine.executor.run
 
-    def watched(*args: Any) -> Any:
-        def after(action: Any) -> None:
-            if action.op.value in counts:
-                counts[action.op.value].append(sum(bool(total.any()) for total in matrices))
+    def after(action: Any) -> None:
+        if action.op.value in counts:
+            counts[action.op.value].append(sum(bool(total.any()) for total in matrices))
 
-        return run(*args, observe=after)
-
-    engine.executor.run = watched  # type: ignore[method-assign]
+    engine.watch_actions = (after, None)
     engine.train_step(batches, 1e-3)
     return counts
 
@@ -317,20 +332,66 @@ def test_the_axes_communicate_as_asked(device: str, setting: str) -> None:
         parallel__tensor=2,
         parallel__symmetric_memory=setting == "on",
     )
-    grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device(device))
-    tp, dp = axes_of(Setup(config, Layout(2, 1, 1)), grid)
+    grid: Any = SimpleNamespace(**SINGLE, device=torch.device(device))
+    tp, dp, _ = axes_of(Setup(config, Layout(2, 1, 1)), grid)
     expected = setting == "on" or (setting == "auto" and device == "cuda")
     assert (tp.overlap, tp.regather, dp.overlap) == (expected, expected, expected)
     assert (tp.symmetric, dp.regather, dp.symmetric) == (setting == "on", False, False)
 
 
+def shared_job(launch: Launch, config: Any) -> tuple[set[str], dict[str, Any]]:
+    """Axes that have shared memory, and what steps with them give."""
+    engine = engine_of(config, grid_of(launch, config))
+    axes = {"tensor": engine.tp, "data": engine.dp, "pipeline": engine.executor.pp}
+    shared = {name for name, axis in axes.items() if axis.pair or axis.mesh or axis.channel}
+    del engine
+    return shared, train_job(launch, config, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("world", "axes", "precision", "sharing"),
+    (
+        (2, {"tensor": 2}, "fp32", {"tensor"}),
+        (2, {"tensor": 2, "sequence": False}, "bf16", {"tensor"}),
+        (2, {}, "bf16", {"data"}),
+        (4, {"tensor": 2, "pipeline": 2}, "bf16", {"tensor", "pipeline"}),
+        (2, {"pipeline": 2, "schedule": "zb-h1"}, "fp32", {"pipeline"}),
+        (4, {"tensor": 4}, "bf16", {"tensor"}),
+        (3, {}, "fp32", {"data"}),
+    ),
+)
+def test_shared_memory_changes_no_bit(
+    pool: GlooPool, world: int, axes: dict[str, Any], precision: str, sharing: set[str]
+) -> None:
+    """Catches a transport that rounds, adds, or orders otherwise than gloo's, and one that is not
+    used where it is asked for, or used where it is not.
+    """
+    changes = {f"parallel__{key}": value for key, value in axes.items()}
+    ours, by_gloo = (
+        pool.run(
+            world,
+            shared_job,
+            tiny_config(precision=precision, parallel__shared_memory=setting, **changes),
+        )
+        for setting in ("auto", "off")
+    )
+    for (shared, one), (none, other) in zip(ours, by_gloo, strict=True):
+        assert (shared, none) == (sharing, set())
+        assert one["results"] == other["results"]
+        for name, (box, values) in one["weights"].items():
+            assert (box, values.tobytes()) == (
+                other["weights"][name][0],
+                other["weights"][name][1].tobytes(),
+            ), name
+
+
 @pytest.mark.parametrize("connected", (True, False))
 def test_symmetric_memory_where_ranks_are_connected(connected: bool) -> None:
     """Catches `auto` that is always on, or never, and a setting that the devices overrule."""
-    grid: Any = SimpleNamespace(tp=SINGLE["tp"], dp=SINGLE["dp"], device=torch.device("cuda"))
+    grid: Any = SimpleNamespace(**SINGLE, device=torch.device("cuda"))
     for setting, expected in (("auto", connected), (True, True), (False, False)):
         config = tiny_config(parallel__tensor=2, parallel__symmetric_memory=setting)
-        tp, _ = axes_of(Setup(config, Layout(2, 1, 1)), grid, connected)
+        tp, _, _ = axes_of(Setup(config, Layout(2, 1, 1)), grid, connected)
         assert tp.symmetric is expected
 
 

@@ -12,12 +12,13 @@ import torch
 
 from k2train.launch.environment import Launch
 from k2train.model.initialize import attach_rotary
+from k2train.model.kernels.threads import one_thread
 from k2train.parallel.grid import Axis
 from k2train.parallel.shard import named_slices
 from k2train.record.metrics import latest
 from k2train.train import exact_mode
 from k2train.train.engine_parts import build_stages
-from k2train.train.exact_mode import ExactMode, one_thread
+from k2train.train.exact_mode import ExactMode
 from k2train.train.setup import Setup, architecture_of
 from tests.support.gloo_pool import GlooPool
 from tests.support.lanes import lanes

@@ -47,7 +47,7 @@ def train(logger: ExpectingRunLogger, first: int, last: int, **facts: Any) -> No
 
 def score(logger: ExpectingRunLogger, step: int, loss: float) -> None:
     other = HeldOutFacts(name="news", loss=9.0, rows=1, targets=1)
-    logger.scores(step, [other, HeldOutFacts(name="held_out", loss=loss, rows=1, targets=1)])
+    logger.scores(step, [other, HeldOutFacts(name="held_out", loss=loss, rows=1, targets=1)], 0.0)
 
 
 def outcomes(logger: ExpectingRunLogger) -> list[Outcome]:

@@ -1,5 +1,6 @@
 """Held-out scores of whole runs against Hugging Face on the same rows, on any batch and layout."""
 
+import json
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from k2train.api import open_run
 from k2train.checkpoint.load import load_states
 from k2train.checkpoint.manifest import read_manifest
 from k2train.checkpoint.run_facts import HeldOutFacts
@@ -23,6 +25,7 @@ from k2train.record.events import CheckpointSaved, of_kind
 from k2train.record.held_out import HeldOutRecord
 from k2train.record.ledger import read_ledger
 from k2train.record.metrics import checked_records
+from k2train.record.score_files import evaluated_sets
 from k2train.train.held_out_sets import held_out_texts_note
 from k2train.train.preflight import prepare_start
 from k2train.train.trainer import Trainer
@@ -147,7 +150,7 @@ def test_a_score_is_hugging_faces_on_the_same_rows(base: Path, pool: GlooPool) -
 ONE_STEP = 60
 """A batch larger than the held-out rows; the chunk has one of them."""
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "batch-4": (1, {"batch__global_sequences": 4}),
+    "batch-4": (1, {"batch__global_sequences": 4, "batch__micro_sequences": 1}),
     "batch-60": (1, {"batch__global_sequences": ONE_STEP, "batch__micro_sequences": 4}),
     "data-2": (2, {"batch__micro_sequences": 3}),
     "pipeline-2": (2, {"parallel__pipeline": 2, "batch__micro_sequences": 2}),
@@ -263,7 +266,18 @@ def test_every_record_says_what_was_scored(base: Path) -> None:
     assert [(line.step, line.set, line.rows) for line in lines] == [
         (step, name, rows) for step in (0, 5) for name, rows in (("held_out", 30), ("other", 13))
     ]
+    # Each evaluation is one line of the metrics, behind that of its step.
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in text] == [0, 1, 2, 3, 4, 5, 5]
+    in_metrics = json.loads(text[-1])["held_out"]
     code, web = own.subsets
+    assert [*in_metrics] == ["held_out", "other"]
+    assert in_metrics["held_out"]["subsets"] == {"code": code.loss, "web": web.loss}
+    assert in_metrics["other"]["loss"] == other.loss and in_metrics["other"]["rows"] == 13
+    assert [one for _, one in evaluated_sets(run / "metrics.jsonl")] == lines
+    columns = open_run(run).metrics()
+    assert columns[-1]["held_out.held_out.subsets.web"] == web.loss
+    assert columns.column("held_out.other.loss")[-1] == other.loss
     assert (lines[2].loss, lines[2].rows_left_out) == (own.loss, 1)
     assert lines[2].subsets == {"code": code.loss, "web": web.loss}
     assert (

@@ -52,6 +52,8 @@ def test_a_run_from_a_folder(base: Path, tmp_path: Path) -> None:
     tree = tree_of(base, tmp_path, parallel={"tensor": 2, "pipeline": 1}, run__stop_after_steps=1)
     done = train(write_tree(tmp_path / "c.yaml", tree), processes=2)
     assert done.returncode == 75, done.stderr
+    told = "weights alone (it was imported from a Hugging Face folder; moments start from zero)"
+    assert told in done.stdout + done.stderr
     directory = tmp_path / "r"
     start = checkpoint_tensors(directory / "checkpoints" / "ckpt_000")
     there = checkpoint_tensors(directory / "imported" / "ckpt_000")
@@ -79,7 +81,7 @@ def test_mistakes_before_anything_is_written(base: Path, tmp_path: Path) -> None
         r"run.init_from \(hf:.*\) holds another model: model.num_kv_heads: 2 -> 4",
         model={**MODEL, "num_kv_heads": 4},
     )
-    refused(DataError, r"has no tokenizer.model.*run.allow=\[tokenizer\]", run__allow=[])
+    refused(DataError, r"has no tokenizer to .*run.allow=\[tokenizer\]", run__allow=[])
     shutil.copytree(base / "hf", tmp_path / "hf")
     lines = [f"the number {n}" for n in range(200)]
     write_tokenizer(tmp_path / "hf", train_tokenizer(lines, 290), 32)

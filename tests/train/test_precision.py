@@ -14,7 +14,8 @@ from k2train.record.events import Started
 from k2train.record.ledger import read_ledger
 from k2train.train import precision
 from k2train.train.precision import decide_precision, device_has_bf16
-from k2train.train.preflight import prepare_start, with_recorded_precision
+from k2train.train.preflight import prepare_start
+from k2train.train.recorded_choices import with_recorded_precision
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import config_tree, environment, make_corpus, train, write_yaml
 from tests.support.tiny_model import grid_of

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import k2train.train.checkpoints_ahead as checkpoints_ahead
 import k2train.train.preflight as preflight
 from k2train.checkpoint import disk_space
 from k2train.checkpoint.disk_space import CheckpointBytes
@@ -95,7 +96,7 @@ def run(tmp_path: Path, data: Path) -> Run:
 
 def test_a_fresh_start(run: Run) -> None:
     """Nothing to resume from, nothing written, the layout of the world size."""
-    start = run.start(world=6, parallel__tensor=2)
+    start = run.start(world=6, parallel__tensor=2, batch__micro_sequences=2)
     assert (start.candidates, start.refused, start.parent) == ((), (), None)
     assert (start.layout.tensor, start.layout.data) == (2, 3)
     assert start.order.total_steps == 15
@@ -210,7 +211,7 @@ def test_never_means_never(run: Run) -> None:
 @pytest.mark.parametrize(
     "changes",
     (
-        {"batch__micro_sequences": 3},
+        {"batch__micro_sequences": 2},
         {"checkpoint__every_seconds": 5.0},
         {"kernels__attention": "reference"},
         {"run__stop_after_steps": 3},
@@ -362,6 +363,18 @@ def test_a_schedule_that_does_not_fit(run: Run) -> None:
 def test_a_batch_no_chunk_holds(run: Run) -> None:
     with pytest.raises(DataError, match="63 rows"):
         run.start(batch__global_sequences=GLOBAL * 6)
+
+
+def test_a_vocabulary_that_is_too_small(run: Run) -> None:
+    """Catches advice that cannot be followed: a later stage keeps the rows of its parent."""
+    needed = check_data(run.config())[0].vocab_size
+    small = run.config(model__vocab_size=needed - 1)
+    with pytest.raises(DataError, match=r"raise it$"):
+        check_data(small)
+
+    later = small.model_copy(update={"run": small.run.model_copy(update={"init_from": "runs/a"})})
+    with pytest.raises(DataError, match=r"from the first stage on; .* the rows of runs/a$"):
+        check_data(later)
 
 
 def test_the_seam(run: Run, tmp_path: Path) -> None:
@@ -519,7 +532,7 @@ def test_saves_that_stay_make_no_room(run: Run, monkeypatch: pytest.MonkeyPatch)
     """Catches a disk that is planned as if kept saves were replaced."""
     asked: list[int] = []
     monkeypatch.setattr(
-        preflight, "check_plan", lambda *a: asked.append(a[5] if len(a) > 5 else -1)
+        checkpoints_ahead, "check_plan", lambda *a: asked.append(a[5] if len(a) > 5 else -1)
     )
     run.checkpoint(0, 0)
     ones = [run.checkpoint(0, step, numbered=False) for step in (2, 3)]

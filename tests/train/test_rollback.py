@@ -4,7 +4,6 @@ Would catch a return that forgets an item of the state, an order that differs be
 its ledger, and a kill that leaves half a return.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from k2train.train.rollback import GivenUpError, target_of
 from tests.support.command_line import load_tool
 from tests.support.events import event as event_of
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.spiked_runs import (
     FIRST,
     LAST,
@@ -87,7 +87,7 @@ def test_the_branch_is_kept_beside_the_run(base: Path, spiked: Path) -> None:
     (checkpoint,) = list_checkpoints(folder)
     verify_checkpoint(checkpoint)
     assert manifest_of(checkpoint)["step"] == VERDICT + 2
-    kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = step_rows(folder / "metrics.jsonl")
     assert [row["step"] for row in kept] == [*range(FIRST + 1, VERDICT + 3)]
     assert {row["attempt"] for row in kept} == {1}
     (event,) = events(base, "spiked", SpikeCheckpoint)

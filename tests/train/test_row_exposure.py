@@ -135,7 +135,7 @@ def test_a_run_without_provenance_goes_on(base: Path, pool: GlooPool) -> None:
 
 def test_a_loss_that_is_no_number_stays_with_its_subset() -> None:
     """Catches an error, and a loss of one subset that spoils those of the others."""
-    found = by_subset([2.0, float("nan"), 4.0], ["a", "b", "a"], 3)
+    found = by_subset([2.0, float("nan"), 4.0], [2, 2, 2], ["a", "b", "a"], 3)
     assert found["a"] == (6, 1.5) and found["b"][0] == 3 and found["b"][1] != found["b"][1]
 
 

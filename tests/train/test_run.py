@@ -48,16 +48,18 @@ def test_the_thread_that_computes_has_the_ranks_device(
 def test_other_kernels_of_a_rank_are_in_the_first_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a comparison of the ranks' kernels that nobody makes."""
     lines: list[str] = []
-    logger = SimpleNamespace(attempt=1, info=lines.append)
+    silent = lambda text, at_once=False: None  # noqa: E731
+    logger = SimpleNamespace(attempt=1, info=lines.append, progress=silent)
     grid = SimpleNamespace(device=torch.device("cpu"))
     start: Any = SimpleNamespace(
         candidates=(), parent=None, hugging_face=None, setup=SimpleNamespace(programs=())
     )
     calls: dict[str, Any] = {
         "decide_precision": start,
-        "choose_checkpoint": SimpleNamespace(path=None, step=0),
+        "choose_checkpoint": SimpleNamespace(path=None, step=0, manifest=None),
         "open_run_logger": logger,
         "make_contact": "met",
+        "choose_products": None,
         "Engine": SimpleNamespace(kernels="kernels"),
         "other_kernels": "rank 1 has others",
         "log_starting": None,

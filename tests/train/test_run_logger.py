@@ -2,19 +2,23 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from k2train.checkpoint.manifest import CheckpointManifest, manifest_text, seal
+from k2train.checkpoint.run_facts import HeldOutFacts
 from k2train.config.load import Config, flat_values, load_config
 from k2train.errors import RunError
 from k2train.files import write_synced
 from k2train.record.events import CheckpointSaved, Resumed, Started, Stopped, of_kind
 from k2train.record.ledger import read_ledger
-from k2train.record.metrics import StepRecord, read_metrics
+from k2train.record.metrics import MetricsWriter, Record, StepRecord, read_metrics
+from k2train.record.score_files import evaluated_sets, file_differences, read_scores
 from k2train.train import rank_zero_logger
 from k2train.train.preflight import Start, prepare_start
 from k2train.train.rank_zero_logger import RankZeroRunLogger
@@ -203,3 +207,55 @@ def test_one_file_that_cannot_be_synced_is_told_and_keeps_no_other(
     logger.close()
     assert synced == ["roots"]
     assert "metrics.jsonl cannot be synced: No space left on device" in capsys.readouterr().err
+
+
+def facts_of(name: str, loss: float) -> HeldOutFacts:
+    parts = [{"name": part, "loss": loss, "rows": 3} for part in ("code", "web")]
+    raw = {"name": name, "loss": loss, "rows": 6, "rows_left_out": 0, "targets": 90}
+    return HeldOutFacts.model_validate(raw | {"subsets": parts})
+
+
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_kill_9_among_the_lines_of_a_score(
+    start: Start,
+    written: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a held-out loss that one file has and the other lacks for ever, or that is there
+    twice, after a kill before, between and behind its lines in the two files.
+    """
+    real = MetricsWriter.write
+    count = [0]
+
+    def killing(writer: MetricsWriter, record: Record) -> None:
+        if not isinstance(record, StepRecord):
+            if count[0] == written:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count[0] += 1
+        real(writer, record)
+
+    child = os.fork()
+    if child == 0:
+        try:
+            monkeypatch.setattr(MetricsWriter, "write", killing)
+            logger = RankZeroRunLogger(start)
+            logger.step(RECORD)
+            logger.scores(1, [facts_of("held_out", 2.5), facts_of("other", float("nan"))], 4.0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+    metrics, held_out = start.directory / "metrics.jsonl", start.directory / "held_out.jsonl"
+    assert [row.step for row in read_metrics(metrics)] == [1], "the line of the step is there"
+    logger = RankZeroRunLogger(start)
+    logger.close()
+    found = [(one.step, one.attempt, one.set) for one in read_scores(held_out)]
+    assert found == ([(1, 1, "held_out"), (1, 1, "other")] if written else [])
+    assert list(map(repr, read_scores(held_out))) == [repr(r) for _, r in evaluated_sets(metrics)]
+    assert [*file_differences(metrics, held_out)] == []
+    said = capfd.readouterr().err
+    assert ("added from metrics.jsonl" in said) == (0 < written < 3)
+    # The next start does not do it again.
+    assert logger.attempt == 2 and len(read_scores(held_out)) == len(found)

@@ -15,7 +15,7 @@ import pytest
 
 from k2train.record.events import CheckpointSaved, E, Resumed, SaveIntervalChosen, of_kind
 from k2train.record.ledger import read_ledger
-from tests.support.command_line import HANG_SECONDS
+from tests.support import forkserver
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import (
     STEPS_PER_CHUNK,
@@ -27,7 +27,11 @@ from tests.support.tiny_corpus import (
     write_yaml,
 )
 
-SLOW = ";".join(f"step.read@step={step}:sleep=0.4" for step in range(1, STEPS_PER_CHUNK + 1))
+STEP_SECONDS = 0.8
+"""Far above what steps of two starts differ by: a save comes at half the time of the first."""
+SLOW = ";".join(
+    f"step.read@step={step}:sleep={STEP_SECONDS}" for step in range(1, STEPS_PER_CHUNK + 1)
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_a_run_killed_again_and_again_finishes_with_the_same_bits(base: Path) ->
 
     (first, *_) = of_kind(entries, SaveIntervalChosen)
     assert (first.attempt, first.step, first.failures) == (2, 1, 1)
-    assert first.first_seconds is not None and first.trained_seconds > 3 * 0.4
+    assert first.first_seconds is not None and first.trained_seconds > 3 * STEP_SECONDS
     assert first.first_seconds < first.trained_seconds / 2
     assert compare_runs.differences(base / "runs" / "whole", run, strict=True) == []
 
@@ -172,7 +176,7 @@ def test_the_launcher_brings_a_run_through_that_dies_each_third_step(
         ],
         capture_output=True,
         text=True,
-        timeout=HANG_SECONDS,
+        timeout=forkserver.PATIENCE_SECONDS,
         env=environment(K2TRAIN_FAULTS=f"{slow};step.done@nth=3:kill"),
     )
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,6 @@
 """Shutdown: what a run leaves behind, however early it ends, with parts that only take notes."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from k2train.parallel.agreement import SaveError
 from k2train.plan.layout import Layout
 from k2train.record.event import Event
 from k2train.record.events import Failed, Stopped
-from k2train.train.monitor import DamageError
+from k2train.train.monitor import DamageError, RunMonitor
 from k2train.train.run_logger import RunLogger
 from k2train.train.shutdown import OpenRun
 
@@ -186,3 +187,31 @@ def test_a_sigterm_past_the_launcher(monkeypatch: pytest.MonkeyPatch, another: b
     else:
         assert isinstance(end, Failed) and end.problem.startswith("rank 1 died (SIGTERM during")
         assert isinstance(raised.value, SystemExit) and raised.value.code == EXIT_FAILED
+
+
+@pytest.mark.parametrize(
+    ("attempt", "known"), ((3, "rank 1 got SIGTERM"), (2, "[gloo] Connection closed by peer"))
+)
+def test_what_another_rank_has_reported_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempt: int, known: str
+) -> None:
+    """Catches a connection that broke in the place of its cause, and the report of another start:
+    the rank that reports prints its line, and rank 0 alone has the ledger.
+    """
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.delenv("K2TRAIN_VERDICTS", raising=False)
+    report = {"line": "rank 1 got SIGTERM", "attempt": attempt}
+    (tmp_path / "verdict.json").write_text(json.dumps(report))
+    run, _ = opened()
+    run.grid.layout, run.grid.rank, run.starting = Layout(data=2), 0, False
+    monitor: Any = run.monitor
+    monitor.watchdog = SimpleNamespace(
+        directory=tmp_path, attempt=3, refusal=lambda: "", another_stopped=lambda: ""
+    )
+    monitor.report_lost_connection = lambda error: ""
+    monitor.reported = lambda: RunMonitor.reported(monitor)
+    logger = run.logger = Noted()
+    with pytest.raises(SystemExit), run:
+        raise RuntimeError("[gloo] Connection closed by peer")
+    (end,) = logger.events
+    assert isinstance(end, Failed) and end.problem == known

@@ -22,6 +22,7 @@ from k2train.train.spike_names import EVENT, SEQUENCES, TENSORS, spike_folder
 from k2train.train.trainer import Trainer
 from tests.support.command_line import load_tool
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import GLOBAL, SEQUENCE, VOCAB, config_tree, trainer_job
 
 tool = load_tool("spike")
@@ -145,7 +146,7 @@ def test_the_report_says_what_when_and_where(
     assert tool.main([str(run), "spike_001"]) == 0
     shown = capsys.readouterr().out
     lines = "\n".join(report(bundle_of(folder)))
-    assert "1 distinct ids, id 17 is 100 % of it" in lines
+    assert "1 distinct ids, id 17 is 100% of it" in lines
     assert "attempt 1, layout tensor 2, pipeline 2, data 1\n" in lines
     assert "no text: the data folder has no tokenizer" in shown
     assert "layers with the largest part" in shown and "  layers.0." in shown
@@ -174,7 +175,7 @@ def test_the_batch_again_with_an_older_state(folder: Path, pool: GlooPool) -> No
     (jump,) = found["jumps"]
     assert jump["older"] > 1.0
     # By then the run itself had measured what a batch of its chunks costs.
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = step_rows(run / "metrics.jsonl")
     then = next(row["loss"] for row in rows if row["step"] == STEPS + 1)
     # A batch of 12 rows is noisy; the state of the onset is 2 nats better, no state 1.5 worse.
     assert found["controls"][0]["loss"] == pytest.approx(then, abs=0.8)

@@ -11,6 +11,8 @@ import pytest
 from k2train.checkpoint.manifest import read_manifest
 from k2train.config.load import Config
 from k2train.data.manifest import Manifest
+from k2train.data.tokenizer import Tokenizer
+from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import CheckpointError, DataError
 from k2train.files import sha256_file, write_synced
 from k2train.record.event import Event
@@ -29,6 +31,7 @@ from tests.support.tiny_corpus import (
     tree_of,
     write_yaml,
 )
+from tests.support.tiny_model import TINY
 from tests.train.test_held_out import row_losses
 
 CONSTANT = {"kind": "constant", "peak": 1e-2}
@@ -313,3 +316,42 @@ def test_a_next_stage_may_have_another_base_of_the_positions(base: Path, pool: G
     assert pool.run(1, trainer_job, settings) == [75]
     kinds = [type(event) for event in events(base, "longer", Event)]
     assert kinds.count(StageTransition) == 1 and kinds.count(Resumed) == 1
+
+
+MARKERS = ("<|beginofuser|>", "<|endofchat|>")
+
+
+def chat_folder(folder: Path, tokenizer: Tokenizer) -> None:
+    """A data folder with the tokenizer's file."""
+    made = make_corpus(folder, 1, seed=9, vocab=tokenizer.vocab_size, tokenizer=tokenizer.sha256)
+    tokenizer.save(folder / "tokenizer.model")
+    facts = {"tokenizer": {"file": "tokenizer.model", **tokenizer.facts}}
+    rewrite(folder, facts=facts, chunks=made.chunks)
+
+
+def test_more_special_tokens_behind_those_of_the_parent(tmp_path: Path, pool: GlooPool) -> None:
+    """Catches fine-tuning that is refused for the markers of its turns, markers that are not said,
+    and a tokenizer of another order let through.
+    """
+    base = train_tokenizer(["a text of some words, which say little\n" * 3], 300)
+    vocab = base.vocab_size
+    make_corpus(tmp_path / "data", 1, vocab=vocab, tokenizer=base.sha256)
+    longer = {**TINY["model"], "vocab_size": vocab + 8}
+    settings = tree(tmp_path, "base", model=longer, lr=CONSTANT)
+    assert pool.run(1, trainer_job, settings) == [0]
+
+    more = Tokenizer(base.model, (*base.specials, *MARKERS))
+    chat_folder(tmp_path / "chat", more)
+    changes = {"model": longer, "lr": CONSTANT, "run__init_from": str(tmp_path / "runs" / "base")}
+    settings = tree(tmp_path, "tuned", "chat", run__stop_after_steps=1, **changes)
+    done = train(write_yaml(tmp_path / "tuned.yaml", settings))
+    assert done.returncode == 75, done.stderr
+    assert f"special tokens that the stage before did not have: {', '.join(MARKERS)}" in done.stderr
+    (seam,) = events(tmp_path, "tuned", StageTransition)
+    assert (seam.same_tokenizer, seam.added_specials) == (True, MARKERS)
+
+    chat_folder(tmp_path / "other", Tokenizer(base.model, (*MARKERS, *base.specials)))
+    with pytest.raises(DataError, match=r"was trained with .*; prepare the data with the same one"):
+        prepare_start(
+            Config.model_validate(tree(tmp_path, "moved", "other", **changes)), 1, verify=False
+        )

@@ -49,7 +49,10 @@ def test_emulated_bf16_is_told(
     """Catches a silent run that is ten times slower, and a note to people with a GPU."""
     monkeypatch.setattr(start_notes, "cpu_has_bf16", lambda: instructions)
     monkeypatch.setattr(start_notes, "has_accelerator", lambda: accelerator)
-    note = bf16_note(Config.model_validate(tree_of(tmp_path, precision=precision)), on_cpu)
+    tree = tree_of(tmp_path, precision=precision)
+    assert bf16_note(Config.model_validate(tree), on_cpu) == "", "auto does not emulate"
+    config = Config.model_validate(tree | {"kernels": {"matmul": "torch"}})
+    note = bf16_note(config, on_cpu)
     assert (words in note and "precision=fp32" in note) if words else note == ""
 
 

@@ -42,7 +42,7 @@ def start(tmp_path: Path) -> Start:
 
 def run_of(rank: int) -> Any:
     return SimpleNamespace(
-        grid=SimpleNamespace(rank=rank),
+        grid=SimpleNamespace(rank=rank, device=torch.device("cpu")),
         logger=RunLogger(),
         monitor=SimpleNamespace(stop=StopRequest()),
     )
@@ -63,7 +63,7 @@ class Alone:
             raise RuntimeError("Connection closed by peer")
         return value if self.word == "mine" else form.validate_python(self.word)
 
-    def all(self, value: list[str], form: Any, what: str) -> list[list[str]]:
+    def distinct(self, value: list[str], form: Any, what: str) -> list[list[str]]:
         assert what == "open the record"
         return [value, ["end:term", "gradient@step=3:nan"], []]
 
@@ -237,7 +237,7 @@ def test_a_start_records_whether_bits_repeat(start: Start, monkeypatch: pytest.M
 def test_a_start_without_inodes_says_so(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches "no space left" on a disk that shows room."""
 
-    def no_room(start: Start, stop: StopRequest) -> RankZeroRunLogger:
+    def no_room(start: Start, *_: Any) -> RankZeroRunLogger:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(start.directory / "a"))
 
     monkeypatch.setattr(start_record, "Agreement", Alone("mine"))
@@ -285,3 +285,35 @@ def test_what_symmetric_memory_came_to(
     config = SimpleNamespace(parallel=parallel)
     engine: Any = SimpleNamespace(config=config, tp=axis, unconnected=unconnected)
     assert start_record._symmetric(engine) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "tensor", "overlap", "pair", "expected"),
+    (
+        ("auto", "cpu", 2, False, True, "tensor transfers in shared memory, "),
+        ("auto", "cpu", 2, False, None, "tensor transfers by gloo (no shared memory), "),
+        ("auto", "cpu", 2, True, None, ""),
+        ("auto", "cpu", 4, False, None, "tensor transfers by gloo (no shared memory), "),
+        ("auto", "cpu", 8, False, None, ""),
+        ("auto", "cuda", 2, False, None, ""),
+        ("off", "cpu", 2, False, None, ""),
+    ),
+)
+def test_what_shared_memory_came_to(
+    setting: str, device: str, tensor: int, overlap: bool, pair: Any, expected: str
+) -> None:
+    """Catches a run on slow transfers whose first lines do not say so."""
+    engine: Any = SimpleNamespace(
+        config=SimpleNamespace(parallel=SimpleNamespace(shared_memory=setting)),
+        grid=SimpleNamespace(device=SimpleNamespace(type=device)),
+        tp=Axis("tp", tensor, 0, None, overlap=overlap, pair=pair),
+        dp=Axis("dp", 1, 0, None),
+        pp=Axis("pp", 1, 0, None),
+    )
+    assert start_record._pairs(engine) == expected
+    # A pipeline's sends run beside the computation in any case.
+    engine.tp, engine.pp = engine.dp, Axis("pp", tensor, 0, None, overlap=overlap, channel=pair)
+    if overlap:
+        expected = "pipeline transfers by gloo (no shared memory), "
+    pipeline = expected.replace("tensor", "pipeline") if tensor == 2 else ""
+    assert start_record._pairs(engine) == pipeline

@@ -13,7 +13,7 @@ from k2train.record.metrics import StepRecord
 from k2train.train.preflight import prepare_start
 from k2train.train.run_logger import RunLogger
 from k2train.train.state import TrainState
-from k2train.train.step_report import StepReport
+from k2train.train.step_report import Done, StepReport
 from k2train.train.step_result import StepResult
 from tests.support.tiny_corpus import GLOBAL, SEQUENCE, VOCAB, config_tree, make_corpus
 
@@ -85,12 +85,14 @@ def test_utilisation_is_of_all_devices_at_their_precision(
     """
     make_corpus(tmp_path / "data", 1)
     tree = config_tree(tmp_path / "data" / "manifest.json", tmp_path, "run", **changes)
+    tree["batch"]["micro_sequences"] = 2
     start = prepare_start(Config.model_validate(tree), 3, verify=False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: device)
     monkeypatch.setattr(StepReport, "_peak_memory_bytes", lambda _: 0)
     logger = Rows()
     report = StepReport(start, logger, torch.device("cuda", 0))
-    report.done(1, StepResult(5.0, 1.0, {}, True, ()), 0.1, 0.25, "", None)
+    result = StepResult(5.0, 1.0, {}, True, ())
+    report.done(Done(1, result, 0.1, 0.25, "", None, None, None))
 
     (row,) = logger.rows
     tokens = GLOBAL * SEQUENCE

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fault_tests.ports import held_port, port_of
 from k2train.record.events import Failed, Stopped
 from k2train.record.ledger import read_ledger
 from tests.support.command_line import HANG_SECONDS, soon
@@ -40,7 +41,7 @@ module, _, name = {call!r}.rpartition(".")
 def stuck(*_, **__):
     pathlib.Path({mark!r}).touch()
     while True:
-        time.sleep(600)
+        time.sleep(3600)
 if os.environ.get("RANK", "0") == "0":
     holder, _, inner = module.partition(":")
     target = importlib.import_module(holder)
@@ -60,6 +61,13 @@ def _nothing_is_left() -> Iterator[None]:
     STARTED.clear()
 
 
+@pytest.fixture
+def held() -> Iterator[socket.socket]:
+    """Hold a port for the processes of a test."""
+    with held_port() as held:
+        yield held
+
+
 def config_of(base: Path, **changes: Any) -> Path:
     if not (base / "data").exists():
         make_corpus(base / "data", 1)
@@ -68,14 +76,18 @@ def config_of(base: Path, **changes: Any) -> Path:
 
 
 def stuck_at(
-    base: Path, call: str, launcher: Sequence[str] = (), **variables: str
+    base: Path,
+    call: str,
+    launcher: Sequence[str] = (),
+    stderr: int = subprocess.PIPE,
+    **variables: str,
 ) -> "subprocess.Popen[str]":
     """Start a run in which rank 0 never comes back from `call`; returns when it is there."""
     mark = base / "there"
     mark.unlink(missing_ok=True)
     script = base / "stuck.py"
     script.write_text(STUCK.format(root=str(ROOT), call=call, mark=str(mark)))
-    process = cold_start([*launcher, script, config_of(base)], subprocess.PIPE, **variables)
+    process = cold_start([*launcher, script, config_of(base)], stderr, **variables)
     STARTED.append(process)
     deadline = time.monotonic() + HANG_SECONDS
     while not mark.exists():
@@ -278,15 +290,15 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(("number", "code"), ((signal.SIGTERM, 1), (signal.SIGUSR1, 75)))
-def test_a_node_that_fails_ends_no_other_on_request(tmp_path: Path, number: int, code: int) -> None:
+def test_a_node_that_fails_ends_no_other_on_request(
+    tmp_path: Path, held: socket.socket, number: int, code: int
+) -> None:
     """Catches srun's SIGTERM to the nodes that are left after a failure: 75 is above 1 and 2, so
     the batch script would not start again. What the script hands on, USR1, is a request.
     """
     script, mark = tmp_path / "missing.py", tmp_path / "waits"
     script.write_text(MISSING.format(root=str(ROOT), mark=str(mark)))
-    (free := socket.socket()).bind(("127.0.0.1", 0))
-    where = f"127.0.0.1:{free.getsockname()[1]}"
-    free.close()
+    where = f"127.0.0.1:{port_of(held)}"
     path = config_of(tmp_path, batch__micro_sequences=3)
     nodes = []
     for host in ("true", "false"):
@@ -307,16 +319,15 @@ def test_a_node_that_fails_ends_no_other_on_request(tmp_path: Path, number: int,
 
 
 @pytest.mark.parametrize(("number", "code"), ((signal.SIGUSR1, 75), (signal.SIGTERM, 1)))
-def test_while_another_rank_is_missing(tmp_path: Path, number: int, code: int) -> None:
+def test_while_another_rank_is_missing(
+    tmp_path: Path, held: socket.socket, number: int, code: int
+) -> None:
     """Catches ten minutes in which a rank waits for one that never comes, deaf to signals.
 
     Where no launcher of ours says whether SIGTERM is a request, it counts as a failure.
     """
     launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting["MASTER_PORT"] = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(held))}
     script = (
         "import pathlib, torch.distributed as dist\n"
         "real = dist.init_process_group\n"
@@ -345,11 +356,16 @@ def test_while_another_rank_is_missing(tmp_path: Path, number: int, code: int) -
 
 def test_a_second_ctrl_c_is_one_line(tmp_path: Path) -> None:
     """Catches forty lines of torch behind a Ctrl-C that means now."""
-    process = stuck_at(tmp_path, "k2train.train.engine:Engine.train_step")
+    path = tmp_path / "stderr"
+    with path.open("w") as said:
+        process = stuck_at(tmp_path, "k2train.train.engine:Engine.train_step", stderr=said.fileno())
     process.send_signal(signal.SIGINT)
+    # Two that are heard within two seconds are one press, and a busy machine hears late.
+    assert soon(lambda: "SIGINT" in path.read_text()), process.poll()
     time.sleep(2.1)
     os.kill(process.pid, signal.SIGINT)
-    _, error = process.communicate(timeout=HANG_SECONDS)
+    process.communicate(timeout=HANG_SECONDS)
+    error = path.read_text()
     assert process.returncode == 130 and "Traceback" not in error, error
     lines = [line for line in error.splitlines() if line.startswith("k2train: ")]
     # The save of the first state may or may not be whole by then.

@@ -97,8 +97,9 @@ def microbatches(engine: Engine) -> list[MicroBatch]:
     config, setup = engine.config, engine.setup
     rows = setup.num_microbatches * config.batch.micro_sequences
     shape, device = (rows, config.data.sequence_length), engine.grid.device
-    documents = torch.zeros(shape, dtype=torch.int32, device=device) if setup.block else None
-    return split(config, torch.zeros(shape, dtype=torch.int64, device=device), documents)
+    documents = torch.zeros(shape, dtype=torch.int32) if setup.block else None
+    batch = split(config, torch.zeros(shape, dtype=torch.int64), documents)
+    return [part.to(device) for part in batch]
 
 
 def host_job(launch: Launch, config: Any) -> set[str]:

@@ -42,7 +42,9 @@ from k2train.run_lock.lock import RunLock
 from k2train.train.host_memory import malloc_settings
 from k2train.train.rank_zero_logger import RankZeroRunLogger
 from k2train.train.trainer import Trainer
+from tests.support.command_line import HANG_SECONDS
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import (
     GLOBAL,
     ROOT,
@@ -79,6 +81,7 @@ METRICS = {
     "mfu",
     "seconds",
     "peak_memory_bytes",
+    "device",
 }
 STEP_LINE = re.compile(r"step (\d+)/\d+ loss (\S+) grad_norm (\S+) lr (\S+)")
 
@@ -110,7 +113,7 @@ def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
     """Metrics, ledger, config and console of a finished run agree."""
     rows = read_metrics(run / "metrics.jsonl")
     assert [row.step for row in rows] == list(range(1, steps + 1))
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = step_rows(run / "metrics.jsonl")
     assert all(line.keys() == METRICS | {"check"} for line in lines)
     assert [row.consumed_tokens for row in rows] == [row.step * GLOBAL * 16 for row in rows]
     # Of all ranks together, whatever their number.
@@ -133,7 +136,8 @@ def assert_record(run: Path, done: Any, path: Path, steps: int) -> None:
             assert loss == pytest.approx(row.loss, abs=6e-5)
             assert norm == pytest.approx(row.grad_norm, rel=6e-3)
             assert lr == pytest.approx(row.lr, rel=6e-3)
-    config = load_config(str(path))
+    # The cut that was chosen stands in the record.
+    config = load_config(str(path), ["parallel.layers_per_stage=null"])
     assert flat_values(load_config(str(run / "config.yaml"))) == flat_values(config)
     kinds = [type(event) for event in events(run, Event)]
     assert kinds[:2] == [Starting, Started] and kinds[-1] is Finished
@@ -178,7 +182,7 @@ def test_torchrun_leaves_the_same_record(base: Path, plain: dict[str, Any]) -> N
     to the same bits.
     """
     path = write_yaml(base / "pipeline.yaml", tree(base, "pipeline", parallel__pipeline=2))
-    done = cold_train(path, "batch.micro_sequences=1", processes=2)
+    done = cold_train(path, processes=2)
     assert done.returncode == 0, done.stderr
     assert_record(base / "runs" / "pipeline", done, path, 2 * STEPS_PER_CHUNK)
     losses = [
@@ -473,7 +477,6 @@ def test_metrics_that_cannot_be_written(base: Path, pool: GlooPool) -> None:
         trainer_job,
         tree(base, "no-rows", checkpoint__retry_seconds=0),
         NoRoomForRows(3),
-        timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-rows"
     stopped = events(run, Event)[-1]
@@ -493,7 +496,6 @@ def test_the_last_row_that_cannot_be_written(base: Path, pool: GlooPool) -> None
         trainer_job,
         tree(base, "no-last", checkpoint__retry_seconds=0),
         NoRoomForRows(10),
-        timeout_seconds=60,
     ) == [1, 1]
     run = base / "runs" / "no-last"
     assert [type(event) for event in events(run, Event)][-2:] == [CheckpointSaved, Stopped]
@@ -540,7 +542,7 @@ def test_an_error_at_the_end_of_a_save(
     ends a save.
     """
     name = f"raises-{where}-{type(error).__name__}"
-    assert pool.run(2, trainer_job, tree(base, name), Raises(where, error), timeout_seconds=60) == [
+    assert pool.run(2, trainer_job, tree(base, name), Raises(where, error)) == [
         code,
         code,
     ]
@@ -572,7 +574,7 @@ def test_a_held_out_chunk_damaged_in_the_middle_of_a_run(tmp_path: Path, pool: G
     assert pool.run(
         2, trainer_job, {**settings, "run": {**settings["run"], "stop_after_steps": 3}}
     ) == [75, 75]
-    errors = pool.run(2, trainer_job, settings, damaged_held_out, timeout_seconds=60)
+    errors = pool.run(2, trainer_job, settings, damaged_held_out)
     assert (
         errors[0] == errors[1]
         and errors[0].startswith("DamagedChunkError: ")
@@ -704,7 +706,7 @@ def test_one_rank_that_raises_ends_all(tmp_path: Path) -> None:
         [*launcher, str(script), str(path), "batch.micro_sequences=6"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_SECONDS,
         env=environment(),
     )
     assert done.returncode == 1 and "RuntimeError: planted" in done.stderr, done.stderr

@@ -1,6 +1,5 @@
 """Trainer against an independent reference: a loop of a few lines over the chunk files."""
 
-import json
 from math import cos, pi
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.numpy import load_file
 from k2train.config.load import Config
 from k2train.launch.environment import Launch
 from tests.support.gloo_pool import GlooPool
+from tests.support.recorded import step_rows
 from tests.support.tiny_corpus import GLOBAL, STEPS_PER_CHUNK, config_tree, make_corpus, trainer_job
 from tests.support.tiny_model import engine_of, grid_of, split
 
@@ -61,7 +61,7 @@ def test_trainer_equals_a_plain_loop(pool: GlooPool, tmp_path: Path) -> None:
     assert pool.run(1, trainer_job, tree) == [0]
     ((results, masters),) = pool.run(1, plain_loop, tree, str(tmp_path / "data"))
     run = tmp_path / "runs" / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = step_rows(run / "metrics.jsonl")
     assert [(row["loss"], row["grad_norm"]) for row in rows] == results
     expected = [
         rate_by_hand(step, tree["lr"]["peak"], tree["lr"]["final"])

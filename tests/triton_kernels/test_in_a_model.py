@@ -18,7 +18,8 @@ SMALL = {
     "model__num_layers": 2,
     "model__num_kv_heads": 2,
     "data__sequence_length": 8,
-    "batch__global_sequences": 4,
+    "batch__global_sequences": 2,
+    "batch__micro_sequences": 1,
 }
 STEPS = 2
 

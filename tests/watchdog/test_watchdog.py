@@ -289,7 +289,9 @@ def test_a_rank_that_hangs_is_named_with_its_stacks_and_no_process_is_left(
     assert line.startswith(f"rank 1 (pid {pid} on host {os.uname().nodename}) {NAMES[fault]}"), line
     assert re.search(r": step 25, forward/backward, for \d+ s; last collective 49", line), line
     stacks = directory / "watch/stacks_rank_00001.txt"
-    assert line.endswith(f"stacks in {stacks}")
+    # A process that does not run is not slow.
+    advice = "; if it is only slow, raise watch.step_seconds" if "stuck" in NAMES[fault] else ""
+    assert line.endswith(f"stacks in {stacks}{advice}"), line
     assert "watched.py" in stacks.read_text() and " in do" in stacks.read_text()
     assert 0 not in ended.codes
     assert ended.within(max(10.0, 2 * LIMIT))
@@ -384,10 +386,10 @@ watch = Watchdog(
 )
 watch.attempt = 1
 # Holds Python's lock for good, as torch's recorder does while NCCL holds the recorder's.
-watch.recording = lambda: ctypes.PyDLL(None).sleep(600)
+watch.recording = lambda: ctypes.PyDLL(None).sleep(3600)
 watch.start()
 watch.phase("step", 7)
-time.sleep(600)
+time.sleep(3600)
 """
 
 
@@ -681,7 +683,7 @@ def test_a_heartbeat_is_read_back_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_only_that_process_is_killed() -> None:
     """Catches a stranger killed because it got the id of a process which is gone."""
     me = this_process()
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "600"]) as child:
         other = replace(me, pid=child.pid, start_ticks=start_ticks(child.pid))
         kill_processes([replace(other, start_ticks=1), ELSEWHERE], me)
         assert child.poll() is None, "another process with the same number was ended"

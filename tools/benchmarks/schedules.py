@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ class Watched:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.spans: list[list[Any]] = []
-        run: Callable[..., list[Tensor]] = engine.executor.run
-        engine.executor.run = lambda *given: run(*given, observe=self._after, before=self._before)  # type: ignore[method-assign]
+        engine.watch_actions = (self._after, self._before)
 
     def _before(self, action: Action) -> None:
         self.start = time.monotonic()

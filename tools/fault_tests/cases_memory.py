@@ -26,7 +26,7 @@ POINTS = (
 )
 HELD_SECONDS = 5
 """How long the rank stays at its point, at most: the kill comes within this time."""
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 240.0
 TRIES = 3
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from fault_tests.cases_kill import tail
 from fault_tests.launched import launch
 from fault_tests.processes import ForkServer, Job
-from fault_tests.restarts import Attempt, Restarts
+from fault_tests.restarts import LIMIT_SECONDS, Attempt, Restarts
 from fault_tests.result import (
     HANG_SECONDS,
     Bench,
@@ -39,7 +39,7 @@ GRACE_ENDS = (
 """Where the time of grace is over, one attempt each."""
 FIRST_GRACE_STEP = 4
 HELD_SECONDS = 0.3
-WAIT_SECONDS = 60.0
+WAIT_SECONDS = 240.0
 SLOW = re.compile(r"\bis slow\b")
 
 
@@ -202,12 +202,12 @@ def _through_launcher(bench: Bench, world: TinyRun, result: Result, number: sign
     name = bench.name("launched")
     process = launch(world, name, "step.done@nth=5:sleep=1")
     wanted = world.run(name) / "checkpoints" / "ckpt_001" / "manifest.json"
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + LIMIT_SECONDS
     while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     began = time.monotonic()
     process.send_signal(number)
-    _, output = process.communicate(timeout=120)
+    _, output = process.communicate(timeout=LIMIT_SECONDS)
     seconds = time.monotonic() - began
     if process.returncode != EXIT_STOPPED:
         result.problems.append(

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from fault_tests.processes import ROOT, free_port
+from fault_tests.processes import ROOT
 from fault_tests.tiny_run import TinyRun
 from k2train.fault_injection import VARIABLE
 
@@ -16,7 +16,7 @@ def launch(
     """Start the launcher on the ranks of `world`; its stderr is a pipe."""
     command = [
         *(sys.executable, "-m", "k2train.launch"),
-        *("--nproc-per-node", str(world.ranks), "--master-port", str(free_port())),
+        *("--nproc-per-node", str(world.ranks)),
         *("-m", "k2train.train", *world.arguments(name)),
     ]
     inherited = {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fault_tests.forkserver import listening
+from fault_tests.ports import held_port, port_of
 from k2train.processes import live_processes
 
 SERVER = Path(__file__).with_name("forkserver.py")
@@ -26,12 +27,6 @@ ROOT = SERVER.parents[2]
 INHERITED = "FAULT_RUN_FORKSERVER"
 """As in `forkserver`: pipes and pid of a server that was forked for this process."""
 START_SECONDS = 600.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -47,6 +42,8 @@ class Job:
     """rank -> (exit code, minus the number of the signal that ended it; CLOCK_MONOTONIC)."""
     late: list[int] = field(default_factory=list)
     """Ranks that a launcher had to end."""
+    held: socket.socket | None = None
+    """Keeps the port where the ranks meet, until they have ended."""
 
     @property
     def over(self) -> bool:
@@ -171,7 +168,7 @@ class ForkServer:
             self.end(job)
         self._selector.close()
         if self._process is not None:
-            self._process.communicate(timeout=30)
+            self._process.communicate(timeout=START_SECONDS)
 
     def begin(
         self,
@@ -226,8 +223,8 @@ class ForkServer:
         merged: bool = False,
     ) -> Job:
         """Returns when the pids are known."""
-        number, port = next(self.ids), free_port()
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        number, held = next(self.ids), held_port()
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port_of(held))}
         orders = [
             {
                 "rank": rank,
@@ -243,7 +240,7 @@ class ForkServer:
             }
             for rank, command in enumerate(commands)
         ]
-        job = self.jobs[number] = Job([], port, scratch, time.monotonic())
+        job = self.jobs[number] = Job([], port_of(held), scratch, time.monotonic(), held=held)
         self._order({"job": number, "ranks": orders, "folder": str(folder)})
         deadline = time.monotonic() + START_SECONDS
         while not job.pids:
@@ -334,8 +331,10 @@ class ForkServer:
                 self.jobs[fact["job"]].pids = fact["pids"]
                 self.jobs[fact["job"]].began = fact["at"]
             elif fact.get("job", -1) >= 0:
-                code = os.waitstatus_to_exitcode(fact["status"])
-                self.jobs[fact["job"]].ends[fact["rank"]] = (code, fact["at"])
+                code, job = os.waitstatus_to_exitcode(fact["status"]), self.jobs[fact["job"]]
+                job.ends[fact["rank"]] = (code, fact["at"])
+                if job.over and job.held is not None:
+                    job.held.close()
         return True
 
 

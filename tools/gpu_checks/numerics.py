@@ -40,6 +40,12 @@ class Small:
     shape: ModelShape
     batch: Batch
     microbatches: int = 2
+    documents: bool = False
+    """Whether rows have several documents, and attention stops at their borders."""
+
+
+DOCUMENTS_A_ROW = 6
+"""Mean number of documents where there are several."""
 
 
 def small(dry: bool) -> Small:
@@ -64,14 +70,25 @@ class Trace:
 
 
 def ids_of(work: Small, device: torch.device) -> list[MicroBatch]:
-    """The step's micro-batches, the same ids on every device."""
+    """The step's micro-batches, the same ids and documents on every device."""
     made = token_ids(CPU, work.shape.vocab_size, work.batch, work.microbatches)
+    if work.documents:
+        draw = torch.Generator().manual_seed(13)
+        made = [part._replace(documents=_documents(part.tokens, draw)) for part in made]
     return [part.to(device) for part in made]
+
+
+def _documents(tokens: Tensor, draw: torch.Generator) -> Tensor:
+    """Draw the document of each token, int32 [b, s]."""
+    begins = torch.rand(tokens.shape, generator=draw) < DOCUMENTS_A_ROW / tokens.shape[1]
+    begins[:, 0] = False
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def build_engine(device: torch.device, work: Small, precision: str, **kernels: Any) -> Engine:
     """Engine with weights drawn by name, on a device. The process group must be up."""
-    config = config_of(work.shape, work.batch, work.microbatches, kernels, precision)
+    crossing = "block" if work.documents else "attend"
+    config = config_of(work.shape, work.batch, work.microbatches, kernels, precision, crossing)
     return Engine(Setup(config, ONE), ProcessGrid(ONE, 0, device))
 
 

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,8 +40,9 @@ ATTENTION = (
 def run(bench: Bench) -> None:
     """Repeat steps, with the choices of `auto` first."""
 
-    def repeated(**kernels: Any) -> Mapping[str, Any]:
-        found = [trace(bench.device, work, "bf16", **kernels) for _ in range(REPEATS)]
+    def repeated(documents: bool = False, **kernels: Any) -> Mapping[str, Any]:
+        rows = replace(work, documents=documents)
+        found = [trace(bench.device, rows, "bf16", **kernels) for _ in range(REPEATS)]
         roots = [one.root for one in found]
         return {**hold_same(roots, "equal runs"), "kernels": found[0].kernels}
 
@@ -55,6 +57,7 @@ def run(bench: Bench) -> None:
     work = small(bench.dry)
     with world_of_one(bench):
         bench.attempt("kernels auto", repeated)
+        bench.attempt("kernels auto, within documents", partial(repeated, documents=True))
         bench.attempt("another process, compiled anew", anew)
         bench.attempt("hash on the device = hash on the CPU", lambda: digests(bench))
         for name in ATTENTION:

@@ -3,10 +3,12 @@
 - The choices are read from the config's schema, so a new kernel is checked without a change here.
 - One choice differs from the references at a time. Losses of two steps and all gradients of the
   first one are compared: forward, backward and update.
+- Attention that stops at document borders is compared with the reference's dense mask.
 - A choice that this machine has not is told, and is no failure.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
@@ -28,6 +30,8 @@ BASE = {
 }
 FP8 = {"loss": 5e-2, "gradient": 0.5}
 """Bounds of 8-bit products: their values have 3 bits, each is up to 6 % off."""
+WITHIN = ("auto", "sdpa", "flash", "flash_attn_2", "flash_attn_3", "flash_attn_4")
+"""Attention kernels that stop at document borders on a device."""
 STEPS = 2
 OTHER_PARTS = ("recompute",)
 """Keys that a part of its own checks, more strictly."""
@@ -64,6 +68,26 @@ def run(bench: Bench) -> None:
                 allowed = FP8 if value == "fp8" else bounds
                 work_of = partial(changed, bench, precision, known[0], allowed, key, value)
                 bench.attempt(what, work_of, optional=True)
+        within_documents(bench)
+
+
+def within_documents(bench: Bench) -> None:
+    """Compare every way to stop at document borders with the dense mask, in bf16."""
+    work = replace(small(bench.dry), documents=True)
+    known: list[Trace] = []
+
+    def base() -> Mapping[str, Any]:
+        known.append(trace(bench.device, work, "bf16", STEPS, **BASE))
+        return {"kernels": known[0].kernels}
+
+    def beside(name: str) -> Mapping[str, Any]:
+        found = trace(bench.device, work, "bf16", STEPS, **{**BASE, "attention": name})
+        return {**hold_within(distance(found, known[0]), **BF16), "kernels": found.kernels}
+
+    bench.attempt("bf16, documents, references", base)
+    for name in WITHIN if known else ():
+        what = f"bf16, documents, attention {name}"
+        bench.attempt(what, partial(beside, name), optional=True)
 
 
 def changed(

@@ -66,7 +66,7 @@ def lines_of(run: Path, bundle: Bundle, data: Path | None, as_json: bool) -> Ite
     for jump in found.jumps:
         yield (
             f"{jump.channel}: {jump.older:+.4f} {jump.unit} above the usual, in the run "
-            f"{jump.run:+.4f}: {100 * jump.share:.0f} % of it"
+            f"{jump.run:+.4f}: {100 * jump.share:.0f}% of it"
         )
     yield (
         f"{verdict}: the older state finds this batch as bad as the run did"

@@ -11,8 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from plot_loss import ticks
-
+from k2train.report.scale import ticks
 from spike_search.search import Found
 from spike_search.series import Attempt, Series
 

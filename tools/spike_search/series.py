@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 from k2train.errors import RunError
 from k2train.record.jsonl import NON_FINITE
 from k2train.record.line_check import has_check, line_problem
+from k2train.record.metrics import is_scores_line
 
 NAMES = {
     "step": ("step", "_step", "iteration", "iter", "global_step", "train/step", "global step"),
@@ -220,13 +221,16 @@ def _whole(text: str) -> int:
 
 
 def _json_rows(path: Path, stream: IO[str]) -> tuple[dict[str, str], Iterator[tuple[str, Row]]]:
-    first = stream.readline(LONGEST_LINE)
-    columns = columns_of(path, [*_object(path, 1, first)])
-    return columns, _json_lines(path, first, stream, columns)
+    first, before = stream.readline(LONGEST_LINE), 0
+    # The held-out loss before the first step is no step.
+    while is_scores_line(first.encode()):
+        first, before = stream.readline(LONGEST_LINE), before + 1
+    columns = columns_of(path, [*_object(path, before + 1, first)])
+    return columns, _json_lines(path, first, before, stream, columns)
 
 
 def _json_lines(
-    path: Path, first: str, stream: IO[str], columns: Mapping[str, str]
+    path: Path, first: str, before: int, stream: IO[str], columns: Mapping[str, str]
 ) -> Iterator[tuple[str, Row]]:
     step_key, loss_key = columns["step"], columns["loss"]
     attempt_key, applied_key = columns.get("attempt", ""), columns.get("applied", "")
@@ -234,7 +238,7 @@ def _json_lines(
         columns.get(name, "") for name in ("grad_norm", "update_norm", "lr")
     )
     checked = False
-    line, number = first, 1
+    line, number = first, before + 1
     while line:
         if not line.endswith("\n") and number > 1:
             # A torn last line: the end of a process that was killed.

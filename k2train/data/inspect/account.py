@@ -7,13 +7,17 @@
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from k2train.data.chunk import open_chunk
 from k2train.data.load_tokenizer import load_tokenizer
-from k2train.data.manifest import ChunkInfo, Manifest, RecipeFacts
+from k2train.data.loss_mask import learned_of_rows
+from k2train.data.manifest import ChunkInfo, Manifest
+from k2train.data.manifest_facts import RecipeFacts
 from k2train.data.tokenizer import MODEL_NAME, Tokenizer
 from k2train.errors import DataError
 from k2train.retry import is_file_retried
@@ -57,6 +61,7 @@ def account_facts(manifest: Manifest) -> Facts:
             "chunk": info.name,
             "rows": info.rows,
             "samples": {name: info.tokens_per_subset.get(name, 0) // length for name in names},
+            **({} if info.targets is None else {"targets": info.targets}),
         }
         for info in manifest.all_chunks()
     ]
@@ -79,7 +84,7 @@ def account_facts(manifest: Manifest) -> Facts:
 
 def folder_facts(manifest: Manifest) -> Facts:
     """Identity and size of a data folder."""
-    facts = manifest.facts
+    facts, chunks = manifest.facts, manifest.chunks
     return {
         "manifest": str(manifest.path),
         "manifest_sha256": manifest.sha256,
@@ -91,6 +96,7 @@ def folder_facts(manifest: Manifest) -> Facts:
         "rows": sum(info.rows for info in manifest.chunks),
         "sequence_length": manifest.sequence_length,
         "tokens": sum(info.tokens for info in manifest.chunks),
+        **({"targets": sum(info.targets or 0 for info in chunks)} if manifest.has_masks else {}),
         "vocab_size": manifest.vocab_size,
         "dtype": manifest.dtype,
     }
@@ -230,12 +236,29 @@ def add_text(
 ) -> None:
     """Add `ids` to each piece of the row, and `text` as parts `{text, control}`.
 
-    Raises DataError.
+    Where there are loss masks also `learned`, for each id and each part. Raises DataError.
     """
     ids = open_chunk(manifest, info)[row].tolist()
+    mask = None
+    if manifest.has_masks:
+        mask = learned_of_rows(manifest, info, range(row, row + 1))[0].tolist()
     for piece in pieces:
-        piece["ids"] = ids[piece["start"] : piece["start"] + piece["length"]]
-        piece["text"] = text_parts(tokenizer, piece["ids"]) if tokenizer else None
+        own = slice(piece["start"], piece["start"] + piece["length"])
+        piece["ids"] = ids[own]
+        if mask is None:
+            piece["text"] = text_parts(tokenizer, piece["ids"]) if tokenizer else None
+            continue
+        piece["learned"] = mask[own]
+        piece["text"] = _masked_parts(tokenizer, ids[own], mask[own]) if tokenizer else None
+
+
+def _masked_parts(tokenizer: Tokenizer, ids: Sequence[int], learned: Sequence[bool]) -> list[Facts]:
+    """Decode ids as `text_parts` does, cut where what is learned begins and ends."""
+    found = []
+    for value, run in groupby(zip(ids, learned, strict=True), itemgetter(1)):
+        parts = text_parts(tokenizer, [token for token, _ in run])
+        found += [{**part, "learned": value} for part in parts]
+    return found
 
 
 def text_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[Facts]:

@@ -42,8 +42,9 @@ _LEGEND = {
 def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
     """Render the account; with `every_chunk` also a line per chunk."""
     yield (
-        f"{facts['manifest']}: {counted(facts['num_chunks'], 'chunk')}, {facts['rows']:,} rows of "
-        f"{facts['sequence_length']:,} = {facts['tokens']:,} tokens"
+        f"{facts['manifest']}: {counted(facts['num_chunks'], 'chunk')}, "
+        f"{counted(facts['rows'], 'row')} of {facts['sequence_length']:,} = {facts['tokens']:,} "
+        "tokens"
     )
 
     about = [f"recipe {clean(facts['name'])}"] if facts["name"] else []
@@ -55,6 +56,12 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
     about.append(f"sha256 {facts['manifest_sha256'][:12]}")
     about += [f"content {facts['content_sha256'][:12]}"] if facts["content_sha256"] else []
     yield "; ".join(about)
+
+    if (targets := facts.get("targets")) is not None:
+        yield (
+            f"loss masks: {counted(targets, 'target')}, {percent(targets, facts['tokens'])} of the "
+            "tokens are learned"
+        )
 
     if held := facts["held_out"]:
         yield f"held out: {counted(held['rows'], 'row')}, {held['tokens']:,} tokens"
@@ -68,11 +75,9 @@ def account_lines(facts: Facts, every_chunk: bool) -> Iterator[str]:
 
     if every_chunk:
         names = [item["subset"] for item in facts["subsets"]]
-        rows = [
-            [*cells(item, "chunk", "rows"), *cells(item["samples"], *names)]
-            for item in facts["chunks"]
-        ]
-        yield from ("", *table(["chunk", "rows", *map(clean, names)], rows))
+        keys = ["chunk", "rows", *(["targets"] if "targets" in facts else [])]
+        rows = [[*cells(item, *keys), *cells(item["samples"], *names)] for item in facts["chunks"]]
+        yield from ("", *table([*keys, *map(clean, names)], rows))
 
 
 def _titled(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

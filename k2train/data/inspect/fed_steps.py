@@ -10,21 +10,27 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from k2train.data.chunk import ChunkInfo, Manifest, open_chunk
-from k2train.data.fed_ids import fingerprint_of_step
+from k2train.data.fed_ids import fingerprint_of_step, with_labels
+from k2train.data.loss_mask import learned_of_rows
 from k2train.errors import DataError
 from k2train.record.metrics import StepRecord
+from k2train.text import counted
 
 
-def fingerprint_of_rows(manifest: Manifest, info: ChunkInfo, rows: range) -> str:
+def fingerprint_of_rows(manifest: Manifest, info: ChunkInfo, rows: range, masked: bool) -> str:
     """Hash of the ids of `rows` of a chunk, as a step that reads all of them records it.
 
+    `masked`: with the labels of their loss masks, for a step that learned by them.
     Raises DataError when the chunk cannot be read or has no such rows.
     """
     if rows.stop > info.rows:
         raise DataError(f"{info.name} has {info.rows} rows, a step read {rows.start}-{rows.stop}")
     tokens = open_chunk(manifest, info)
     try:
-        return fingerprint_of_step(tokens[rows.start : rows.stop])
+        ids = tokens[rows.start : rows.stop]
+        if not (masked and manifest.has_masks):
+            return fingerprint_of_step(ids)
+        return fingerprint_of_step(with_labels(ids, learned_of_rows(manifest, info, rows)))
     finally:
         tokens.close()
 
@@ -49,8 +55,9 @@ def fed_problems(manifest: Manifest, records: Iterable[StepRecord]) -> Iterator[
             continue
         if wrong:
             first = min(wrong, key=lambda record: (record.step, record.attempt))
+            steps = f"{counted(len(wrong), 'step')} {'was' if len(wrong) == 1 else 'were'}"
             yield (
-                f"{manifest.folder / chunks[name].file}: {len(wrong)} steps were fed other ids "
+                f"{manifest.folder / chunks[name].file}: {steps} fed other ids "
                 f"than its rows hold, the first is step {first.step} (attempt {first.attempt}, "
                 f"rows {first.rows[0]}-{first.rows[1] - 1}): it was another file while they ran, "
                 "or it was read wrong"
@@ -61,8 +68,13 @@ def _wrong(
     manifest: Manifest, info: ChunkInfo, ranges: dict[tuple[int, int], list[StepRecord]]
 ) -> Iterator[StepRecord]:
     for (start, stop), records in sorted(ranges.items()):
-        here = fingerprint_of_rows(manifest, info, range(start, stop))
-        yield from (record for record in records if record.ids != here)
+        here: dict[bool, str] = {}
+        for record in records:
+            masked = record.targets is not None
+            if masked not in here:
+                here[masked] = fingerprint_of_rows(manifest, info, range(start, stop), masked)
+            if record.ids != here[masked]:
+                yield record
 
 
 def _first(ranges: dict[tuple[int, int], list[StepRecord]]) -> StepRecord:

@@ -70,7 +70,7 @@ def _tokens(item: Mapping[str, Any], limits: str) -> Iterator[str]:
         about = round(unused * documents / tokens) if documents and tokens else 0
         share = 100 * unused / max(1, item.get("asked_tokens") or unused)
         yield (
-            f"{tokens_text(unused)} tokens ({share:.0f} %, about {counted(about, 'document')}) by "
+            f"{tokens_text(unused)} tokens ({share:.0f}%, about {counted(about, 'document')}) by "
             f"{limits}"
         )
     for kind, words in _TOKENS.items():

@@ -65,7 +65,11 @@ class Run:
         base = asked or newest
 
         config = _used(base.config, base.name) if base else _config(directory / "config.yaml")
-        self.manifest = self._data(data, config, base)
+        self.folder = self._data(data, config, base)
+        """The data folder as it is, with loss masks if it has some."""
+        # Older configs do not have this key.
+        ignored = config["data"].get("loss_mask") == "ignore"
+        self.manifest = self.folder.without_masks() if ignored else self.folder
 
         # From the newest checkpoint on, only later deferrals must be applied.
         batch = config["batch"]["global_sequences"]
@@ -116,7 +120,8 @@ class Run:
             given or _locate_manifest(Path(config["data"]["manifest"]), self.directory, recorded)
         )
 
-        if not manifest.is_named(recorded):
+        plain = manifest.without_masks()
+        if not (manifest.is_named(recorded) or plain.is_named(recorded)):
             raise DataError(
                 f"{manifest.path} is not the data of {self.name}: its sha256 is "
                 f"{manifest.sha256[:12]}, the run recorded "

@@ -64,6 +64,10 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
         f"tokens, in {counted(pieces, 'piece')} from {counted(facts['sources'], 'source')}"
     )
 
+    if targets := facts.get("targets"):
+        learned = percent(targets, facts["tokens"])
+        yield f"{counted(targets, 'target')}, {learned} of the tokens are learned"
+
     if use := facts.get("use"):
         yield (
             f"{use['state']} of {use['run']}"
@@ -77,7 +81,7 @@ def _chunk(facts: Facts, view: View) -> Iterator[str]:
     yield from ("", *table([*keys, "of all"], rows), "")
 
     yield f"{facts['file']}  sha256 {facts['sha256']}"
-    for key in ("provenance", "borders"):
+    for key in ("provenance", "borders", "loss_mask"):
         if facts.get(key):
             yield f"{facts[key]}  sha256 {facts[f'{key}_sha256']}"
 
@@ -153,9 +157,25 @@ def _text(row: Facts, view: View) -> Iterator[str]:
         yield ""
         yield f"--- {_positions(piece)}  {clean(piece['source'])}  {clean(piece['document'])}"
         if piece["text"] is not None:
-            yield "".join(_marked(part, view) for part in piece["text"])
+            yield "".join(
+                _learned("".join(_marked(part, view) for part in parts), learned)
+                for learned, parts in groupby(piece["text"], lambda part: part.get("learned"))
+            )
         if view.ids or piece["text"] is None:
-            yield from textwrap.wrap(" ".join(map(str, piece["ids"])), 110)
+            yield from textwrap.wrap(_ids(piece), 110)
+
+
+def _learned(text: str, learned: bool | None) -> str:
+    """Mark what a loss mask has learned: `«text»`."""
+    return f"«{text}»" if learned else text
+
+
+def _ids(piece: Facts) -> str:
+    masks = piece.get("learned") or [None] * len(piece["ids"])
+    runs = groupby(zip(piece["ids"], masks, strict=True), itemgetter(1))
+    return " ".join(
+        _learned(" ".join(str(token) for token, _ in run), learned) for learned, run in runs
+    )
 
 
 def _marked(part: Facts, view: View) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
+from k2train.commands import program_text
 from k2train.config.messages import Problem, legal_keys, nearest, problems_of, unknown
 from k2train.config.yaml_source import Mistake, Path, Source, dotted, read_source
 from k2train.data.prepare.recipe import Recipe
@@ -16,6 +17,12 @@ def load_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises ConfigError with every mistake, one per line.
     """
     source = read_source(path, overrides)
+    if "model" in source.tree and not {"subsets", "output"} & source.tree.keys():
+        raise ConfigError(
+            f"{path}: is the config of a run, which {program_text('k2train.train')} takes; a "
+            "recipe of data has subsets, an output and a tokenizer"
+        )
+
     mistakes = list(source.mistakes)
     recipe = None
 

@@ -12,6 +12,8 @@ from typing import IO, TypeVar
 
 from tqdm import tqdm
 
+from k2train.text import counted
+
 Item = TypeVar("Item")
 QUIET_SECONDS = 5.0
 
@@ -28,9 +30,9 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def track(
-        self, label: str, items: Iterable[Item], total: int | None = None, unit: str = ""
+        self, label: str, items: Iterable[Item], unit: str, total: int | None = None
     ) -> Iterator[Item]:
-        """Yield the items while showing progress.
+        """Yield the items while showing progress; `unit` is the word for one of them.
 
         A bar on a terminal. Otherwise one line at the end, and one every few seconds before it.
         """
@@ -39,8 +41,14 @@ class Progress:
         if self.stream is None:
             yield from items
         elif self.stream.isatty():
+            # A bar that is wider than the terminal would leave its remains behind.
             yield from tqdm(
-                items, desc=label, total=total, unit=f" {unit}", file=self.stream, ncols=100
+                items,
+                desc=label,
+                total=total,
+                unit=f" {unit if total == 1 else f'{unit}s'}",
+                file=self.stream,
+                dynamic_ncols=True,
             )
         else:
             yield from self._lines(label, items, total, unit)
@@ -55,5 +63,6 @@ class Progress:
             done += 1
             if time.monotonic() - shown > QUIET_SECONDS and done != total:
                 shown = time.monotonic()
-                self.log(f"{label}: {done}{f' of {total}' if total else ''} {unit}")
-        self.log(f"{label}: {done} {unit} in {time.monotonic() - started:.1f} s")
+                of = f"{done} of {counted(total, unit)}" if total else counted(done, unit)
+                self.log(f"{label}: {of}")
+        self.log(f"{label}: {counted(done, unit)} in {time.monotonic() - started:.1f} s")

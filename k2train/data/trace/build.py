@@ -95,6 +95,19 @@ def open_index(
     return Index(manifest, folder, tuple(found), borders)
 
 
+def has_index(manifest: Manifest, folder: Path | None = None) -> bool:
+    """Return whether all parts are there, so that nothing has to be sorted to open the index.
+
+    Raises DataError when a chunk was changed.
+    """
+    folder = folder or default_folder(manifest)
+    return all(
+        _is_there(manifest, folder, part, check=False)
+        for info in manifest.all_chunks()
+        for part in parts_of(info, manifest.sequence_length)
+    )
+
+
 def _is_there(manifest: Manifest, folder: Path, part: Part, check: bool) -> bool:
     """Return whether a part is complete. Raises DataError when its chunk was changed."""
     header = read_part_header(folder, part)

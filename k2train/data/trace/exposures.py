@@ -17,11 +17,12 @@ from pathlib import Path
 
 from k2train.data.inspect.run_progress import HELD_OUT, SKIPPED, TO_COME, TRAINED
 from k2train.data.inspect.run_usage import METRICS, Run
+from k2train.data.loss_mask import learned_of_rows
 from k2train.data.trace.row_losses import RowLosses
 from k2train.errors import RunError
 from k2train.record.events import CheckpointRemoved, CheckpointSaved, Entry, Resumed
 from k2train.record.line_check import checked_rows
-from k2train.record.metrics import StepRecord
+from k2train.record.metrics import StepRecord, is_scores_line
 from k2train.retry import stat_retried
 
 UNDONE, AFTER_BRANCH, NOT_YET = "undone", "after the branch", "not trained yet"
@@ -91,11 +92,19 @@ class Stage:
         what = state if counts else AFTER_BRANCH if later else UNDONE
         around = self._around(record.step) if counts else (None, None)
         own = self._losses.of(record.attempt, record.step, row - record.rows[0], counts)
-        targets = self.run.manifest.sequence_length - 1
-        mean = None if own is None else own / targets
+        mean = None if own is None else own / self._targets(record, row)
         return Exposure(
             self.run.name, what, record.step, record.attempt, record.loss, mean, *around
         )
+
+    def _targets(self, record: StepRecord, row: int) -> int:
+        """Targets of a row in the step of `record`."""
+        # Another start may have learned every token.
+        if record.targets is None or not self.run.folder.has_masks:
+            return self.run.manifest.sequence_length - 1
+        manifest = self.run.folder
+        info = manifest.chunk(record.chunk)
+        return int(learned_of_rows(manifest, info, range(row, row + 1)).sum())
 
     def _around(self, step: int) -> tuple[str | None, str | None]:
         """Newest checkpoint before a step, and the oldest that has it."""
@@ -129,6 +138,7 @@ def reads_of_chunk(path: Path, chunk: str) -> tuple[list[StepRecord], int]:
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content,
     ):
         lines = [match[0][:-1] for match in wanted.finditer(content)]
+    lines = [line for line in lines if not is_scores_line(line)]
     for line in lines:
         ((_, row),) = checked_rows(path, [line])
         try:

@@ -84,12 +84,34 @@ def search_texts(
     most_places: int,
 ) -> list[list[TextSpan]]:
     """Find the spans of each text, in all its spellings; those within a longer one are left out."""
+    queries = _queries(texts)
+    spans = searcher.spans(queries, min_tokens, most_places)
+    return [_outermost(own) for own in _in_texts(texts, spans)]
+
+
+def search_texts_everywhere(
+    searcher: Searcher,
+    texts: Sequence[Sequence[Spelling]],
+    min_tokens: int,
+    most_places: int,
+) -> list[list[TextSpan]]:
+    """Find the matches of each text in every row, however long those of other rows are."""
+    queries = _queries(texts)
+    return _in_texts(texts, searcher.matches_everywhere(queries, min_tokens, most_places))
+
+
+def _queries(texts: Sequence[Sequence[Spelling]]) -> Queries:
+    flat = [one for text in texts for one in text]
+    return Queries.of([one.ids for one in flat], [one.heads for one in flat])
+
+
+def _in_texts(texts: Sequence[Sequence[Spelling]], spans: Iterable[Span]) -> list[list[TextSpan]]:
+    """Return the spans of the spellings of all texts by text, with the bytes that they cover."""
     flat = [(number, one) for number, text in enumerate(texts) for one in text]
-    queries = Queries.of([one.ids for _, one in flat], [one.heads for _, one in flat])
     ends = np.cumsum([len(one.ids) for _, one in flat])
 
     found: list[list[TextSpan]] = [[] for _ in texts]
-    for span in searcher.spans(queries, min_tokens, most_places):
+    for span in spans:
         index = int(np.searchsorted(ends, span.start, side="right"))
         number, spelling = flat[index]
         base = int(ends[index]) - len(spelling.ids)
@@ -102,7 +124,7 @@ def search_texts(
                 span,
             )
         )
-    return [_outermost(spans) for spans in found]
+    return found
 
 
 def _outermost(spans: Iterable[TextSpan]) -> list[TextSpan]:

@@ -50,6 +50,38 @@ class Searcher:
                 kept[-1] = Span(span.start, span.length, places, kept[-1].count + span.count)
         return kept
 
+    def matches_everywhere(self, queries: Queries, min_tokens: int, most_places: int) -> list[Span]:
+        """Find matches of at least `min_tokens`, also those that a longer one elsewhere contains.
+
+        Each has one place. Of a window of `min_tokens`, the first places in a part are looked at.
+        """
+        lengths = self.matches(queries)
+        found: list[Span] = []
+        for number, part in enumerate(self.parts):
+            starts = np.flatnonzero(lengths[number] >= min_tokens)
+            first, _ = part.lower_bounds(queries, starts, starts + min_tokens)
+            behind, _ = part.lower_bounds(queries, starts, starts + min_tokens, after=True)
+            # Windows one behind the other in text and row are one match.
+            windows: dict[int, list[int]] = defaultdict(list)
+            for start, low, high in zip(starts.tolist(), first, behind, strict=True):
+                # The first ones in the order of the rows, which are those of the earliest steps.
+                positions = np.sort(part.suffixes[low:high])[:most_places]
+                for position in positions.tolist():
+                    windows[position - start].append(start)
+            for shift, own in windows.items():
+                for begin, count in _runs(own):
+                    length = count - 1 + min_tokens
+                    place = part.place(begin + shift, length)
+                    found.append(Span(begin, length, (place,), 1))
+        if self.borders is not None:
+            joined = self.borders.matches(queries)
+            found += [
+                Span(one.start, one.stop - one.start, (one.place,), 1)
+                for one in joined
+                if one.stop - one.start >= min_tokens
+            ]
+        return sorted(found, key=lambda span: (span.start, -span.stop))
+
     def _spans_in_rows(self, queries: Queries, min_tokens: int, most_places: int) -> list[Span]:
         lengths = self.matches(queries)
         starts = maximal_starts(lengths.max(axis=0, initial=0), min_tokens)
@@ -75,6 +107,12 @@ class Searcher:
             Span(int(start), int(length), tuple(sorted(where, key=_in_order)), int(count))
             for start, length, where, count in zip(starts, longest, places, counts, strict=True)
         ]
+
+
+def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and count of each run of ascending numbers without a gap."""
+    cuts = np.flatnonzero(np.diff(numbers) != 1) + 1
+    return [(int(run[0]), len(run)) for run in np.split(np.asarray(numbers), cuts)]
 
 
 def _joined_spans(matches: Sequence[JoinedMatch], min_tokens: int, most_places: int) -> list[Span]:

@@ -1,10 +1,11 @@
-"""Chunk verification: every byte of a chunk against the manifest: ids, provenance and boundaries.
+"""Chunk verification: every byte of a chunk against the manifest, and of the files beside it.
 
 - Everything is read in blocks, so memory does not grow with the chunks.
 - Every problem is reported, so that all damaged files can be fetched again at once.
 - Hashes come first; a file with a wrong hash is not examined further.
 - Then the files are compared with each other. The provenance covers every row exactly, its tokens
-  per subset are those of the manifest, and the borders are the beginnings of its pieces.
+  per subset are those of the manifest, and the borders are the beginnings of its pieces. Every row
+  of a loss mask learns something, and its targets are those of the manifest.
 - `folder` checks the rest of the data folder.
 
 Alternatives considered:
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from k2train.data.array_file import ArrayFile
 from k2train.data.chunk import ChunkInfo, Manifest, verify_chunk
 from k2train.data.document_boundaries import open_borders
+from k2train.data.loss_mask import verify_mask
 from k2train.data.provenance_digest import ProvenanceDigest
 from k2train.data.verify.folder import HASH_DIGITS, differing, hash_problem
 from k2train.errors import DataError, UnavailableError, UserError
@@ -74,10 +76,11 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
 
     try:
         # Checked separately: with its borders the chunk's check would stop at a bad chunk.
-        verify_chunk(manifest, _without_borders(info))
+        verify_chunk(manifest, _tokens_alone(info))
     except (DataError, UnavailableError) as error:
         report.problems.append(_with_distinct_hashes(manifest, info, str(error)))
 
+    _check_mask(manifest, info, report)
     borders = _borders(manifest, info, report)
     if info.provenance is not None:
         path = manifest.folder / info.provenance
@@ -93,7 +96,7 @@ def verify_files(manifest: Manifest, info: ChunkInfo) -> Report:
             f"{info.tokens}"
         )
 
-    files = (manifest.folder / name for name in (info.file, info.provenance, info.borders) if name)
+    files = (manifest.folder / name for name in info.files())
     report.read_bytes = sum(facts.st_size for path in files if (facts := stat_retried(path)))
     report.seconds = time.monotonic() - begun
     return report
@@ -107,8 +110,22 @@ def _with_distinct_hashes(manifest: Manifest, info: ChunkInfo, problem: str) -> 
     return f"{info.name} {hash_problem(manifest.folder / info.file, info.sha256)}"
 
 
-def _without_borders(info: ChunkInfo) -> ChunkInfo:
-    return info.model_copy(update={"borders": None, "borders_sha256": None})
+def _tokens_alone(info: ChunkInfo) -> ChunkInfo:
+    gone = ("borders", "borders_sha256", "loss_mask", "loss_mask_sha256", "targets")
+    return info.model_copy(update=dict.fromkeys(gone))
+
+
+def _check_mask(manifest: Manifest, info: ChunkInfo, report: Report) -> None:
+    if info.loss_mask is None:
+        return
+    path = manifest.folder / info.loss_mask
+    if problem := hash_problem(path, str(info.loss_mask_sha256)):
+        report.problems.append(f"{info.name} {problem}")
+        return
+    try:
+        verify_mask(manifest, info)
+    except (DataError, UnavailableError) as error:
+        report.problems.append(str(error))
 
 
 def _borders(manifest: Manifest, info: ChunkInfo, report: Report) -> ArrayFile | None:

@@ -18,7 +18,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from k2train.data.load_tokenizer import load_tokenizer
-from k2train.data.manifest import Manifest, SubsetFacts
+from k2train.data.manifest import Manifest
+from k2train.data.manifest_facts import SubsetFacts
 from k2train.data.source_record import SOURCES_NAME
 from k2train.data.text_record import TEXTS_NAME
 from k2train.errors import DataError, UnavailableError
@@ -32,7 +33,7 @@ AGAIN = "fetch it again, or prepare the data anew"
 REJECTED_NAME = "rejected.jsonl"
 HASH_DIGITS = 16
 
-_CHUNK_FILE = re.compile(r"(chunk_.*|held_out)\.(borders\.npy|npy|parquet)|held_out\..*")
+_CHUNK_FILE = re.compile(r"(chunk_.*|held_out)\.((borders|mask)\.npy|npy|parquet)|held_out\..*")
 _COUNTS = re.compile(r".*_(tokens|documents|samples)|documents_read|passes|rejected")
 _LAID_OUT = ("used_tokens", "unused_tokens", "tail_tokens")
 _DOCUMENTS = ("short", "not_chosen", "outside", "duplicate", "training", "held_out")
@@ -292,7 +293,7 @@ def _tail_problems(manifest: Manifest, account: Mapping[str, Item]) -> Iterator[
 def _stray_files(manifest: Manifest) -> Iterator[str]:
     """Files in the folder that look like chunks of this data but are not in the manifest."""
     infos = manifest.all_chunks()
-    known = {file for info in infos for file in (info.file, info.provenance, info.borders) if file}
+    known = {file for info in infos for file in info.files()}
     for path in list_retried(manifest.folder):
         if _CHUNK_FILE.fullmatch(path.name) and path.name not in known:
             yield (

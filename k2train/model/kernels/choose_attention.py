@@ -1,7 +1,9 @@
-"""Attention selection: the fastest kernel by device, precision, length, mask and determinism.
+"""Attention selection: the fastest kernel by device, precision, length, documents, determinism.
 
 - `auto` never takes a kernel that cannot run, or that is not deterministic where that is asked for.
 - A kernel asked for by name that cannot is one line at build.
+- Where attention stops at document borders, a kernel does it in one of the ways of
+  `k2train.plan.documents`, which is decided here too.
 
 Alternatives considered:
 - Timing the candidates at the start: a resumed run could take another kernel, and other bits.
@@ -11,7 +13,9 @@ import torch
 
 from k2train.errors import ConfigError
 from k2train.model.kernels.attention import (
+    PLAIN_UP_TO,
     Attention,
+    by_length_attention,
     cudnn_attention,
     deterministic_sdpa_attention,
     flash_attention,
@@ -21,32 +25,28 @@ from k2train.model.kernels.attention import (
 )
 from k2train.model.kernels.determinism import require_deterministic_flash_attn
 from k2train.model.kernels.device_traits import DeviceTraits, needs_cuda
-from k2train.model.kernels.optional import OPTIONAL_ATTENTION, installed_flash_attn
+from k2train.model.kernels.documents import packed
+from k2train.model.kernels.optional import (
+    OPTIONAL_ATTENTION,
+    installed_flash_attn,
+    load_torch_varlen,
+)
+from k2train.model.kernels.upcast import UPCAST_ATTENTION
+from k2train.plan.documents import method_of
 
 ATTENTION: dict[str, Attention] = {
     "sdpa": sdpa_attention,
     "plain": plain_attention,
+    "by_length": by_length_attention,
     "flash": flash_attention,
     "cudnn": cudnn_attention,
     "reference": reference_attention,
 }
 
-TAKE_MASKS = ("sdpa", "plain", "reference")
-"""Attention kernels that can stop at document borders."""
-
-PLAIN_UP_TO = {torch.float32: 512, torch.bfloat16: 1024}
-"""Sequence length up to which `auto` takes `plain` on a CPU.
-
-Milliseconds forward and backward of 1024 tokens (at 2048: of 2048), 8 heads of 32, one core, flash
-/ plain:
-
-    length    128          256          512          1024         2048
-    fp32      8.3 / 7.2    13.6 / 10.8  27 / 21      40 / 35      132 / 137
-    bf16      21 / 4.7     18.3 / 6.1   30 / 12      35 / 24      115 / 79
-
-The limit is memory: `plain` keeps length / 2 probabilities per head and token. At a length of 32
-head_dim that equals the layer's other activations together.
-"""
+ANY_PRECISION = ("sdpa", "plain", "by_length", "reference")
+"""Attention kernels that compute in fp32 on a GPU too."""
+WIDEST_FLASH = 256
+"""Largest head dimension of torch's flash kernel."""
 
 
 def auto_attention(traits: DeviceTraits, deterministic: bool) -> str:
@@ -54,17 +54,21 @@ def auto_attention(traits: DeviceTraits, deterministic: bool) -> str:
 
     `deterministic`: the fastest one known whose backward repeats to the bit.
     """
+    if traits.device.type == "cpu" and traits.block:
+        return "by_length"
     if traits.device.type != "cuda":
         known = traits.sequence_length is not None and traits.sequence_length <= PLAIN_UP_TO.get(
             traits.dtype, 0
         )
         return "plain" if known else "sdpa"
 
-    if traits.block or traits.dtype.itemsize != 2:
+    if traits.dtype.itemsize != 2:
         return "sdpa"
 
     generation = torch.cuda.get_device_capability(traits.device)[0]
     narrow = traits.head_dim is not None and traits.head_dim % 8 == 0 and traits.head_dim <= 128
+    if traits.block:
+        return _auto_within_documents(traits, generation, narrow)
     if narrow and not deterministic and generation >= 9:
         return "cudnn"
     if narrow and deterministic and (name := installed_flash_attn(generation)):
@@ -72,26 +76,52 @@ def auto_attention(traits: DeviceTraits, deterministic: bool) -> str:
     return "flash" if generation >= 8 else "sdpa"
 
 
-def choose_attention(name: str, traits: DeviceTraits, deterministic: bool) -> Attention:
-    """Return the attention kernel of that name.
+def _auto_within_documents(traits: DeviceTraits, generation: int, narrow: bool) -> str:
+    """The same where attention stops at document borders: a dense mask only where nothing else is.
+
+    cuDNN's kernel is no choice here, so a flash-attn that is installed is the fastest one also
+    where no order of sums is asked for.
+    """
+    if narrow and (name := installed_flash_attn(generation, block=True)):
+        return name
+    fits = traits.head_dim is not None and _fits_varlen(traits.head_dim)
+    return "flash" if generation >= 8 and fits and load_torch_varlen() else "sdpa"
+
+
+def _fits_varlen(head_dim: int) -> bool:
+    """Whether torch's flash kernel takes such heads within documents, where nothing pads them."""
+    return head_dim % 8 == 0 and head_dim <= WIDEST_FLASH
+
+
+def choose_attention(
+    name: str, traits: DeviceTraits, deterministic: bool, upcast: bool = False
+) -> Attention:
+    """Return the attention kernel of that name; `upcast`: with products of bf16 in fp32.
 
     Raises ConfigError when it is missing, cannot run, or cannot be `deterministic`.
     """
     optional = name in OPTIONAL_ATTENTION
-    function = OPTIONAL_ATTENTION[name](deterministic) if optional else ATTENTION[name]
+    where = f"kernels.attention ({name})"
+    # A GPU's kernel answers by its device first: what it does with documents is said for a GPU.
+    method = method_of(name, "cuda" if optional else traits.device.type)
+    if traits.block and method is None:
+        raise ConfigError(
+            f"{where} cannot stop at document borders, which data.cross_documents (block) asks "
+            "for: choose auto, sdpa or plain, or attend"
+        )
+
+    if optional:
+        function = OPTIONAL_ATTENTION[name](deterministic, traits.block)
+    else:
+        function = UPCAST_ATTENTION.get(name, ATTENTION[name]) if upcast else ATTENTION[name]
     if name == "sdpa" and deterministic:
         function = deterministic_sdpa_attention
-
-    where = f"kernels.attention ({name})"
-    if traits.block and name not in TAKE_MASKS:
-        raise ConfigError(
-            f"{where} takes no mask, which data.cross_documents (block) needs: choose one of "
-            f"{', '.join(TAKE_MASKS)}, or attend"
-        )
+    if traits.block and not optional:
+        function = _within_documents(where, function, method, traits.head_dim)
 
     if name == "cudnn" or optional:
         needs_cuda(where, traits)
-    if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in TAKE_MASKS:
+    if traits.dtype.itemsize != 2 and traits.device.type == "cuda" and name not in ANY_PRECISION:
         raise ConfigError(
             f"{where} computes in bf16 only, precision is fp32: "
             "set precision to bf16, or choose sdpa"
@@ -101,3 +131,28 @@ def choose_attention(name: str, traits: DeviceTraits, deterministic: bool) -> At
         generation = torch.cuda.get_device_capability(traits.device)[0]
         require_deterministic_flash_attn(name, generation, traits.head_dim)
     return function
+
+
+def _within_documents(
+    where: str, function: Attention, method: str | None, head_dim: int | None
+) -> Attention:
+    """Make a kernel of torch's or of this project stop at document borders.
+
+    Raises ConfigError where this torch has no function for that, or none for such heads.
+    """
+    if method == "packed":
+        return packed(function)
+    if method == "masked":
+        return function
+    if head_dim is not None and not _fits_varlen(head_dim):
+        raise ConfigError(
+            f"{where} takes heads of a multiple of 8 up to {WIDEST_FLASH} for "
+            f"data.cross_documents (block), these have {head_dim}: choose sdpa, or attend"
+        )
+    found = load_torch_varlen()
+    if found is None:
+        raise ConfigError(
+            f"{where} needs torch 2.10 for data.cross_documents (block), and this is "
+            f"{torch.__version__}: update torch, choose sdpa, or attend"
+        )
+    return found

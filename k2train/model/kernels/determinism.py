@@ -29,6 +29,7 @@ DETERMINISTIC: dict[str, frozenset[str]] = {
         {
             "sdpa",
             "plain",
+            "by_length",
             "flash",
             "flash_attn_2",
             "flash_attn_3",
@@ -41,7 +42,8 @@ DETERMINISTIC: dict[str, frozenset[str]] = {
     "elementwise": frozenset({"fused", "triton", "reference"}),
     "loss": frozenset({"fused", "triton", "reference"}),
     # 8-bit products: scales are maxima, which no order changes, and sums are cuBLAS's.
-    "matmul": frozenset({"torch", "onednn", "fp8"}),
+    # What was measured is on record, and the same at every start.
+    "matmul": frozenset({"torch", "onednn", "openblas", "measured", "upcast", "fp8"}),
     "optimizer": frozenset({"fused", "triton", "reference"}),
 }
 """By key of `kernels`: implementations that are deterministic in strict mode."""

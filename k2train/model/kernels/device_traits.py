@@ -16,7 +16,9 @@ class DeviceTraits:
     sequence_length: int | None = None
     head_dim: int | None = None
     block: bool = False
-    """Whether attention stops at document borders, which needs a mask."""
+    """Whether attention stops at document borders."""
+    emulates_bf16: bool = False
+    """Whether the CPU is known to have no bf16 instructions."""
 
 
 def needs_cuda(where: str, traits: DeviceTraits) -> None:

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k2train.parallel.grad_accumulation import accumulated
+
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of the computation for values of `dtype`: fp32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,44 +47,59 @@ def torch_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
 
-class _Norm(torch.autograd.Function):
-    """RMSNorm y = x r w with r = (mean(x^2) + eps)^-1/2.
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a tensor, or return it as it is: without an operator where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """RMSNorm y = x r w with r = (mean(x^2) + eps)^-1/2, of [..., h].
+
+    Returns y and the wide r [..., 1], which the backward needs.
+    """
+    wide = as_dtype(x, wide_dtype(x.dtype)).contiguous()
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+    scale.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
+    y = torch.mul(wide, scale).mul_(as_dtype(weight, wide.dtype))
+    return as_dtype(y, x.dtype), scale
+
+
+def norm_backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `norm_forward`, whose r is `scale`; dx is new memory.
 
     dx = r (w dy) - x r^3 mean(x w dy), dw = sum of x r dy.
     """
+    features, wide = x.shape[-1], scale.dtype
+    gradient, value = as_dtype(dy, wide).contiguous(), as_dtype(x, wide).contiguous()
+    factor = as_dtype(weight, wide)
+
+    # Both sums over the product are products with a vector: one read each, no temporary.
+    product = torch.mul(gradient, value)
+    flat, rows = product.flatten(0, -2), scale.view(-1)
+    dweight = torch.mv(flat.t(), rows)
+
+    pull = torch.mv(flat, factor).mul_(rows).mul_(rows).mul_(rows).mul_(-1.0 / features)
+    dx = torch.mul(gradient, factor, out=product).mul_(scale)
+    dx.addcmul_(value, pull.view_as(scale))
+    return as_dtype(dx, x.dtype), as_dtype(dweight, weight.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    """The weight's gradient goes to its accumulator, where it has one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(wide_dtype(x.dtype)).contiguous()
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale.mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return torch.mul(wide, scale).mul_(weight.to(wide.dtype)).to(x.dtype)
+        y, scale = norm_forward(x, weight, eps)
+        ctx.weight = weight
+        ctx.save_for_backward(x, scale)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        features, wide = x.shape[-1], scale.dtype
-        gradient, value, factor = dy.to(wide).contiguous(), x.to(wide).contiguous(), weight.to(wide)
-
-        # Both sums over the product are products with a vector: one read each, no temporary.
-        product = torch.mul(gradient, value).view(-1, features)
-        rows = scale.view(-1)
-        dweight = torch.mv(product.t(), rows)
-
-        pull = (
-            torch.mv(product, factor)
-            .mul_(rows)
-            .mul_(rows)
-            .mul_(rows)
-            .mul_(-1.0 / features)
-            .view_as(scale)
-        )
-        dx = (
-            torch.mul(gradient, factor, out=product.view(x.shape)).mul_(scale).addcmul_(value, pull)
-        )
-        return dx.to(x.dtype), dweight.to(weight.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, scale = ctx.saved_tensors
+        dx, dweight = norm_backward(dy, x, scale, ctx.weight)
+        return dx, accumulated(ctx.weight, dweight) if ctx.needs_input_grad[1] else None, None
 
 
 def fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -100,13 +117,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
 
     The result is wide and new.
     """
-    length, half = x.shape[0], x.shape[-1] // 2
-    cos, sin = cos[:length], sin[:length, :, :, :half]
-    wide = x.to(wide_dtype(x.dtype))
+    return _rotate(x, *cut_tables(cos, sin, x.shape[0]), sign)
+
+
+def cut_tables(cos: Tensor, sin: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Cut the tables to cos [s, 1, 1, d] and sin [s, 1, 1, d/2], whose halves are equal."""
+    if cos.shape[0] != length:
+        cos, sin = cos.narrow(0, 0, length), sin.narrow(0, 0, length)
+    return cos, sin.narrow(-1, 0, sin.shape[-1] // 2)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float, out: Tensor | None = None) -> Tensor:
+    """`rotate` by tables that are cut, in `out` where given (of the dtype of the result)."""
+    wide = as_dtype(x, wide_dtype(x.dtype))
     # Two halves in place, instead of a concatenated rotated copy.
-    rotated = wide * cos
-    rotated[..., :half].addcmul_(wide[..., half:], sin, value=-sign)
-    rotated[..., half:].addcmul_(wide[..., :half], sin, value=sign)
+    rotated = torch.mul(wide, cos, out=out)
+    first, second = wide.chunk(2, dim=-1)
+    into_first, into_second = rotated.chunk(2, dim=-1)
+    into_first.addcmul_(second, sin, value=-sign)
+    into_second.addcmul_(first, sin, value=sign)
     return rotated
 
 
@@ -125,7 +154,8 @@ def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _heads(packed: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
     """Split [s, b, (n + 2 n_kv) d] into query, key and value, each a view [s, b, heads, d]."""
     split = packed.view(*packed.shape[:2], heads + 2 * kv_heads, -1)
-    return split.split((heads, kv_heads, kv_heads), dim=2)
+    # Not `split`, which is a function in Python around this one.
+    return split.split_with_sizes((heads, kv_heads, kv_heads), dim=2)
 
 
 def _to_attention(x: Tensor) -> Tensor:
@@ -148,36 +178,50 @@ def reference_split(
     )
 
 
-class _Split(torch.autograd.Function):
-    """Split and rotate.
+def split_forward(
+    packed: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split and rotate like `reference_split`, by tables that are cut (`cut_tables`)."""
+    q, k, v = _heads(packed, heads, kv_heads)
+    q, k = (as_dtype(_rotate(part, cos, sin, 1.0), packed.dtype) for part in (q, k))
+    # Own memory for v: a view would keep the whole packed tensor until the backward pass.
+    return (
+        _to_attention(q),
+        _to_attention(k),
+        _to_attention(v.clone(memory_format=torch.contiguous_format)),
+    )
 
-    Backward rotates the other way into one tensor. Keeps nothing but the tables.
-    """
+
+def split_backward(dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of `split_forward` by the same tables: rotates the other way into one tensor."""
+    (b, heads, s, d), kv_heads = dq.shape, dk.shape[1]
+    dpacked = dq.new_empty((s, b, (heads + 2 * kv_heads) * d))
+    into_q, into_k, into_v = _heads(dpacked, heads, kv_heads)
+    is_wide = dpacked.dtype == wide_dtype(dpacked.dtype)
+    for into, gradient in ((into_q, dq), (into_k, dk)):
+        back = gradient.permute(2, 0, 1, 3)
+        if is_wide:
+            _rotate(back, cos, sin, -1.0, out=into)
+        else:
+            into.copy_(_rotate(back, cos, sin, -1.0))
+    into_v.copy_(dv.permute(2, 0, 1, 3))
+    return dpacked
+
+
+class _Split(torch.autograd.Function):
+    """Keeps nothing but the tables."""
 
     @staticmethod
     def forward(
         ctx: Any, packed: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.cos, ctx.sin, ctx.heads = cos, sin, (heads, kv_heads)
-        q, k, v = _heads(packed, heads, kv_heads)
-        q, k = (rotate(part, cos, sin).to(packed.dtype) for part in (q, k))
-        # Own memory for v: a view would keep the whole packed tensor until the backward pass.
-        return (
-            _to_attention(q),
-            _to_attention(k),
-            _to_attention(v.clone(memory_format=torch.contiguous_format)),
-        )
+        ctx.tables = cos, sin = cut_tables(cos, sin, packed.shape[0])
+        return split_forward(packed, cos, sin, heads, kv_heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        b, heads, s, d = dq.shape
-        dpacked = dq.new_empty((s, b, (heads + 2 * dk.shape[1]) * d))
-        into_q, into_k, into_v = _heads(dpacked, *ctx.heads)
-        for into, gradient in ((into_q, dq), (into_k, dk)):
-            into.copy_(rotate(gradient.permute(2, 0, 1, 3), ctx.cos, ctx.sin, sign=-1.0))
-        into_v.copy_(dv.permute(2, 0, 1, 3))
-        return dpacked, None, None, None, None
+        return split_backward(dq, dk, dv, *ctx.tables), None, None, None, None
 
 
 def fused_split(
@@ -193,29 +237,38 @@ def reference_swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def swiglu_forward(gate_up: Tensor) -> Tensor:
+    """SwiGLU of [..., 2f] -> [..., f]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of `swiglu_forward`, as one tensor."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    dgate, dup = gradient.chunk(2, dim=-1)
+
+    passing = F.silu(gate)
+    torch.mul(dy, passing, out=dup)
+    # silu(gate) is used up: its memory takes the gradient.
+    torch.mul(dy, up, out=passing)
+    torch.ops.aten.silu_backward.grad_input(passing, gate, grad_input=dgate)
+    return gradient
+
+
 class _SwiGlu(torch.autograd.Function):
     """Keeps the input only. Computing silu again costs less than writing and reading it."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu_forward(gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        gradient = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-        dgate, dup = gradient.chunk(2, dim=-1)
-
-        passing = F.silu(gate)
-        torch.mul(dy, passing, out=dup)
-        # silu(gate) is used up: its memory takes the gradient.
-        torch.mul(dy, up, out=passing)
-        torch.ops.aten.silu_backward.grad_input(passing, gate, grad_input=dgate)
-        return gradient
+        return swiglu_backward(dy, *ctx.saved_tensors)
 
 
 def fused_swiglu(gate_up: Tensor) -> Tensor:

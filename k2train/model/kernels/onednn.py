@@ -10,7 +10,8 @@
   none here.
 
 Alternatives considered:
-- Choosing by a measurement at the start: on a noisy machine a resumed run would be a different run.
+- `auto` chooses by a measurement: two fresh runs of one config could differ in their bits.
+  `measured` does, and keeps to its record.
 """
 
 from functools import cache

@@ -8,7 +8,7 @@
 - With `deterministic`, on a GPU, a kernel that does not repeat to the bit is refused (see
   `determinism`), and `auto` takes the fastest of the others.
 - With `compile` the written-out norm, rotary split and SwiGLU are compiled, each once for all
-  layers, and replace the fused ones.
+  layers, and replace the fused ones. So are their formulas (see `formulas`).
 - `triton` names this project's (`k2train.triton_kernels`). By count of bytes the loss gains most (6
   a bf16 logit, torch's operators need 28), then rotary split and SwiGLU without `compile`. `auto`
   takes none of them before a device has run and measured them (`scripts/gpu_check.sh`).
@@ -29,15 +29,15 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from k2train.errors import ConfigError
-from k2train.model.kernels.attention import Attention, document_mask
+from k2train.model.kernels.attention import PLAIN_UP_TO, Attention
 from k2train.model.kernels.choose_attention import (
     ATTENTION,
-    PLAIN_UP_TO,
     auto_attention,
     choose_attention,
 )
 from k2train.model.kernels.determinism import require_deterministic
 from k2train.model.kernels.device_traits import DeviceTraits, needs_cuda
+from k2train.model.kernels.documents import Documents
 from k2train.model.kernels.elementwise import (
     Norm,
     fused_norm,
@@ -48,16 +48,21 @@ from k2train.model.kernels.elementwise import (
     reference_swiglu,
     torch_norm,
 )
+from k2train.model.kernels.formulas import FUSED, Formulas, compiled_formulas
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
 from k2train.model.kernels.onednn import preferred as onednn_preferred
+from k2train.model.kernels.openblas import find_openblas, openblas_product
 from k2train.model.kernels.optional import (
     INSTALL,
     OPTIONAL_ATTENTION,
     OPTIONAL_NORM,
     version_of,
 )
+from k2train.model.kernels.product_choice import Choice
+from k2train.model.kernels.upcast import upcast_product
 from k2train.parallel.collective_matmul import Product
+from k2train.plan.documents import method_of
 from k2train.triton_kernels.load import (
     AddNorm,
     Softmax,
@@ -74,10 +79,10 @@ __all__ = [
     "PLAIN_UP_TO",
     "Attention",
     "DeviceTraits",
+    "Documents",
     "Kernels",
     "Norm",
     "choose_kernels",
-    "document_mask",
 ]
 
 Split = Callable[[Tensor, Tensor, Tensor, int, int], tuple[Tensor, Tensor, Tensor]]
@@ -89,6 +94,8 @@ SWIGLU: dict[str, SwiGlu] = {"fused": fused_swiglu, "reference": reference_swigl
 PRODUCT: dict[str, Callable[[torch.device, torch.dtype], Product | None]] = {
     "torch": lambda device, dtype: None,
     "onednn": onednn_product,
+    "openblas": openblas_product,
+    "upcast": upcast_product,
     "fp8": lambda device, dtype: fp8_product(device),
 }
 
@@ -117,10 +124,17 @@ class Kernels:
     """Products of the layers' matrices; None: torch's."""
     gradients: str = ""
     """How weight gradients get into their fp32 sums, once the device was asked; "" before."""
+    formulas: Formulas | None = None
+    """Norm, split and SwiGLU without autograd, on a CPU; None where one of them has no formula."""
     add_norm: AddNorm | None = None
     """Residual sum and its norm in one pass, where the kernel has it."""
     softmax: Softmax | None = None
     """Softmax of the fused loss; None: by torch's operators."""
+    documents: str = ""
+    """How attention stops at document borders (see `k2train.plan.documents`); "" where it does
+    not."""
+    choice: Choice | None = None
+    """Libraries of the products by their shapes, where they were measured."""
     versions: tuple[str, ...] = ()
     """Versions of the optional packages in use."""
 
@@ -130,6 +144,12 @@ class Kernels:
             num_layers if self.recompute_layers is None else min(self.recompute_layers, num_layers)
         )
         return [self.recompute] * count + ["none"] * (num_layers - count)
+
+    @property
+    def largest_matmul(self) -> str:
+        """Matrix products in use that need the most memory."""
+        onednn = self.matmul == "torch" and self.choice and "onednn" in self.choice.libraries
+        return "onednn" if onednn else self.matmul
 
     def names(self) -> dict[str, str]:
         """Return the implementation of each operation, by its key of `kernels`."""
@@ -145,6 +165,8 @@ class Kernels:
     def __str__(self) -> str:
         parts = [
             *(f"{key} {name}" for key, name in self.names().items()),
+            *([str(self.choice)] if self.choice and self.choice.others else []),
+            *([f"documents {self.documents}"] if self.documents else []),
             f"compile {'on' if self.compile else 'off'}",
             f"recompute {self.recompute}"
             + (
@@ -188,7 +210,6 @@ def choose_kernels(
     loss = pick("loss", loss, ("fused", "triton", "reference"), "fused")
     optimizer = pick("optimizer", optimizer, ("fused", "triton", "reference"), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
-
     versions = package_versions(attention_name, norm_name, matmul)
     names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
     versions += triton_version(names, traits.device.type)
@@ -204,15 +225,17 @@ def choose_kernels(
         recompute=pick("recompute", recompute, ("none", "selective", "full"), "none"),
         recompute_layers=recompute_layers,
         deterministic=deterministic or traits.device.type == "cpu",
-        attention=choose_attention(attention_name, traits, ordered),
+        attention=choose_attention(attention_name, traits, ordered, matmul == "upcast"),
         norm=compiled_once(reference_norm)
         if compiled and norm_name == "fused"
         else choose_norm(norm_name, traits),
         split=split,
         swiglu=swiglu,
         product=PRODUCT[matmul](traits.device, traits.dtype),
+        formulas=choose_formulas(norm_name, elementwise, compiled, traits),
         add_norm=load_norm()[1] if norm_name == "triton" else None,
         softmax=load_softmax() if loss == "triton" else None,
+        documents=(method_of(attention_name, traits.device.type) or "") if traits.block else "",
         versions=tuple(versions),
     )
     if ordered:
@@ -221,10 +244,11 @@ def choose_kernels(
 
 
 def package_versions(attention: str, norm: str, matmul: str) -> list[str]:
-    """Name and version of the optional packages of these kernels."""
+    """Name and version of the optional packages and libraries of these kernels."""
     used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
-    return [f"{name} {version_of(name)}" for name in packages]
+    library = [str(find_openblas())] if matmul == "openblas" else []
+    return library + [f"{name} {version_of(name)}" for name in packages]
 
 
 def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
@@ -238,11 +262,11 @@ def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
 
 def auto_matmul(traits: DeviceTraits) -> str:
     """Matrix product that `auto` means on a device."""
-    return (
-        "onednn"
-        if traits.device.type == "cpu" and traits.dtype == torch.float32 and onednn_preferred()
-        else "torch"
-    )
+    if traits.device.type != "cpu":
+        return "torch"
+    if traits.dtype == torch.float32:
+        return "onednn" if onednn_preferred() else "torch"
+    return "upcast" if traits.emulates_bf16 else "torch"
 
 
 def choose_norm(name: str, traits: DeviceTraits) -> Norm:
@@ -265,8 +289,20 @@ def choose_elementwise(name: str, compiled: bool) -> tuple[Split, SwiGlu]:
     return SPLIT[name], SWIGLU[name]
 
 
+def choose_formulas(
+    norm: str, elementwise: str, compiled: bool, traits: DeviceTraits
+) -> Formulas | None:
+    """Return the formulas of fused kernels on a CPU, `compiled` in place of fused ones."""
+    if traits.device.type != "cpu" or (norm, elementwise) != ("fused", "fused"):
+        return None
+    return compiled_formulas(compiled_once) if compiled else FUSED
+
+
 def choose_compile(value: str, traits: DeviceTraits) -> bool:
     """Whether regions are compiled; `auto` means with a GPU and Triton.
+
+    On a CPU the fused kernels are about as fast in fp32 (`docs/performance.md`), without a start
+    that compiles.
 
     Raises ConfigError without a compiler.
     """

@@ -15,7 +15,7 @@ from pyarrow import parquet
 
 from k2train.data.chunk import ChunkInfo, Manifest
 from k2train.data.document_keys import chunks_of_document
-from k2train.data.manifest import Facts
+from k2train.data.manifest_facts import Facts
 from k2train.data.prepare.allocate import deduplicate
 from k2train.data.prepare.allocate.allocate import plan_task
 from k2train.data.prepare.allocate.deduplicate import SEEN, TextRuns, flag_texts

@@ -1,14 +1,16 @@
 """Encode task: every document goes where its name says, once, for any grouping of sources."""
 
+import functools
 import gzip
 import json
+import math
 import os
 import random
 import socket
 import subprocess
 import sys
-import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from k2train.data.source_record import SourceFile
 from k2train.data.tokenizer import EOS_ID, Tokenizer
 from k2train.data.tokenizer_training import train_tokenizer
 from k2train.errors import DataError
+from tests.support.traced_memory import traced_peak
 
 WEB = {"kind": "jsonl", "paths": ["web/*.jsonl"], "id_key": "id"}
 UNITS = ("", "_bytes")
@@ -604,26 +607,25 @@ def test_changed_sources_are_found(tokenizer: Tokenizer, monkeypatch: pytest.Mon
     assert "web/3.jsonl" in changed_sources(listed, known)
 
 
-def test_memory_does_not_grow_with_the_corpus(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def encode_small_batches(folder: str) -> Callable[[], None]:
+    """The first task of a work folder, to be called in a process of its own."""
+    encode.BATCH_CHARACTERS = 20_000
+    return functools.partial(encode_task, Workspace.open(Path(folder)), 0)
+
+
+def test_memory_does_not_grow_with_the_corpus(tokenizer: Tokenizer) -> None:
     """Catches documents, ids or rejections that pile up over a task."""
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 20_000)
-    peaks = []
+    peaks: list[float] = []
     for size in (10, 100):
         lines = [
             json.dumps({"id": f"{i}", "text": text_of(i % 50) * 8}) + "\n{\n"
             for i in range(60 * size)
         ]
         Path("web/0.jsonl").write_text("".join(lines))
-        workspace = make_workspace(
-            tokenizer, {"web": {**WEB, "paths": ["web/0.jsonl"]}}, f"work{size}", run_tokens=20_000
-        )
+        web = {"web": {**WEB, "paths": ["web/0.jsonl"]}}
+        workspace = make_workspace(tokenizer, web, f"work{size}", run_tokens=20_000)
         assert workspace.tokenizer.vocab_size == 338
-        del lines
-        tracemalloc.start()
-        encode_task(workspace, 0)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        limit = 1.1 * peaks[0] if peaks else math.inf
+        peaks.append(traced_peak(encode_small_batches, workspace.folder, limit_bytes=limit))
 
     assert peaks[1] < 1.1 * peaks[0], peaks

@@ -726,8 +726,8 @@ def test_two_imports_into_one_folder(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
-    """Catches sources, a held-out chunk or boundaries lost silently, and a report where nothing is
-    lost.
+    """Catches sources, a held-out chunk, boundaries or masks lost silently, and a report where
+    nothing is lost.
     """
     progress = Progress(io.StringIO())
     export_k2(import_k2(source, tmp_path / "out"), tmp_path / "back", progress)
@@ -749,6 +749,14 @@ def test_an_export_reports_what_is_lost(source: Path, tmp_path: Path) -> None:
     files = export_k2(manifest, tmp_path / "third", progress)
     assert lines_of(progress)[-1] == f"{first}, held_out (1 row), the document borders"
     assert [path.name for path in files] == ["chunk_12.jsonl"]
+
+    def masked(info: Any) -> Any:
+        learned = np.arange(LENGTH) > np.zeros((info.rows, 1))
+        return with_files(manifest.folder, info, mask=learned)
+
+    chunks, held_out = [masked(manifest.chunks[0])], masked(manifest.held_out)
+    export_k2(rewrite(manifest.folder, chunks=chunks, held_out=held_out), tmp_path / "4", progress)
+    assert lines_of(progress)[-1].endswith("the document borders, the loss masks")
 
 
 def ours(folder: Path) -> Manifest:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from k2train.data.verify.chunks import verify_files
 from k2train.data.verify.folder import verify_folder
 from k2train.errors import ConfigError, DataError
 from k2train.files import sha256_file
+from tests.support import forkserver
+from tests.support.command_line import HANG_SECONDS
 from tests.support.data_folder import edit, hashes, rehash
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -127,10 +129,26 @@ def write_recipe(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def prepare(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command as a user gives it."""
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, **options)
+TOOL = ROOT / "tools/prepare_data.py"
+IMPORTED = (
+    *("k2train.data.prepare.load_recipe", "k2train.data.inspect.left_out", "k2train.data.manifest"),
+    *("k2train.data.tokenizer", "multiprocessing.popen_spawn_posix", "numpy.random", "zstandard"),
+)
+"""What the command imports and forks well, which pyarrow with its thread does not; its workers are
+new interpreters.
+"""
+
+
+def start(*arguments: object) -> forkserver.Process:
+    """Start the command as a user gives it, in a warm process."""
+    return forkserver.start([TOOL, *arguments], on=forkserver.server(IMPORTED))
+
+
+def prepare(
+    *arguments: object, env: Mapping[str, str] | None = None
+) -> "subprocess.CompletedProcess[str]":
+    """Run the command to its end."""
+    return forkserver.run([TOOL, *arguments], env, on=forkserver.server(IMPORTED))
 
 
 @pytest.fixture(scope="module")
@@ -359,13 +377,9 @@ def test_one_work_folder_for_two_recipes(corpus: Path, tmp_path: Path) -> None:
 def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
     """Catches a folder made of two recipes that have separate work folders."""
     recipe = write_recipe(tmp_path / "r.yaml", recipe_tree(corpus, tmp_path / "out"))
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
-
-    first = subprocess.Popen(
-        [*command, f"work={tmp_path / 'w1'}"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    first = start(recipe, f"work={tmp_path / 'w1'}")
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + HANG_SECONDS
         while not list((tmp_path / "w1").glob("*/runs/*")):
             assert first.poll() is None and time.monotonic() < deadline, (
                 "ended before its first task"
@@ -373,7 +387,7 @@ def test_two_at_once_into_one_output(corpus: Path, tmp_path: Path) -> None:
             time.sleep(0.002)
         second = prepare(recipe, "seed=6", f"work={tmp_path / 'w2'}")
     finally:
-        assert first.wait(timeout=300) == 0
+        assert first.wait(timeout=HANG_SECONDS) == 0
 
     assert second.returncode == 2, second.stderr
     assert "already running" in second.stderr or "another recipe" in second.stderr
@@ -424,14 +438,7 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
     work = tmp_path / "out.work"
     choose = random.Random(3)
     for kill in range(10):
-        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        process = start(recipe)
         # Of over 30 tasks the last kill waits for the first 18.
         while tasks_done(work) < 2 * kill:
             assert process.poll() is None, "ended before its moment"
@@ -455,11 +462,8 @@ def test_kill_9_at_ten_moments(corpus: Path, tmp_path: Path) -> None:
 
 def killed_after_encoding(recipe: Path, work: Path) -> None:
     """Leave a preparation with at least one finished task."""
-    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), str(recipe)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
+    process = start(recipe)
+    deadline = time.monotonic() + HANG_SECONDS
     while not list(work.glob("*/runs/*/record.json")):
         assert process.poll() is None and time.monotonic() < deadline, "ended before its first task"
         time.sleep(0.005)

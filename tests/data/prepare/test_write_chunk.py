@@ -30,6 +30,7 @@ from k2train.data.prepare.write import merge_runs, row_file
 from k2train.data.prepare.write.provenance import Provenance
 from k2train.data.prepare.write.write_chunk import chunk_task
 from k2train.errors import DataError
+from tests.support.command_line import HANG_SECONDS
 from tests.support.data_folder import hashes
 from tests.support.sorted_runs import VOCAB, Text, expected_chunk, recipe_of, workspace_of
 
@@ -391,7 +392,7 @@ def test_two_processes_do_one_chunk(workspace: Workspace) -> None:
     for process in pair:
         process.start()
     for process in pair:
-        process.join(60)
+        process.join(HANG_SECONDS)
         assert process.exitcode == 0
 
     assert hashes(workspace.target) == before

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from k2train.model.kernels.attention import BLOCK, plain_attention, reference_attention
-from k2train.model.kernels.select import ATTENTION, Attention, document_mask
+from k2train.model.kernels.documents import Documents, packed
+from k2train.model.kernels.select import ATTENTION, Attention
+from k2train.model.kernels.upcast import UPCAST_ATTENTION
 
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """The largest relative error of one rounding."""
 DTYPES = tuple(ROUNDING)
-HERE = ("sdpa", "plain", "flash", "reference")
+HERE = ("sdpa", "plain", "by_length", "flash", "reference")
 """What can run on a CPU."""
 
 
@@ -35,17 +37,17 @@ def values(
     kernel: Attention,
     inputs: Sequence[Tensor],
     dout: Tensor,
-    mask: Tensor | None,
+    documents: Documents | None,
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The output and the gradients of q, k and v, in float64."""
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    out = kernel(*leaves, mask)
+    out = kernel(*leaves, documents)
     out.backward(dout.to(dtype))
     return [t.detach().double() for t in (out, *(leaf.grad for leaf in leaves))]
 
 
-def sizes(inputs: Sequence[Tensor], dout: Tensor, mask: Tensor | None) -> list[Tensor]:
+def sizes(inputs: Sequence[Tensor], dout: Tensor, documents: Documents | None) -> list[Tensor]:
     """Output, dq, dk and dv with all terms of their sums taken positive.
 
     Rounding errors are relative to these. The values themselves may cancel: of a single position
@@ -54,7 +56,7 @@ def sizes(inputs: Sequence[Tensor], dout: Tensor, mask: Tensor | None) -> list[T
     q, k, v = inputs
     s, groups = q.shape[2], q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    seen = torch.ones(s, s, dtype=torch.bool).tril() if mask is None else mask
+    seen = torch.ones(s, s, dtype=torch.bool).tril() if documents is None else documents.mask
     p = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf")).softmax(-1)
     dp = dout.abs() @ v.abs().mT
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
@@ -63,7 +65,7 @@ def sizes(inputs: Sequence[Tensor], dout: Tensor, mask: Tensor | None) -> list[T
 
 
 def assert_equal(
-    kernel: Attention, inputs: Sequence[Tensor], mask: Tensor | None, dtype: torch.dtype
+    kernel: Attention, inputs: Sequence[Tensor], documents: Documents | None, dtype: torch.dtype
 ) -> None:
     """Every value agrees but for rounding.
 
@@ -76,19 +78,18 @@ def assert_equal(
     dout = randn(*inputs[0].shape, seed=9).to(dtype).double()
     s, d = inputs[0].shape[2:]
     tolerance = (d + 2 * s) ** 0.5 * ROUNDING[torch.float32] + 4 * ROUNDING[dtype]
-    found = values(kernel, rounded, dout, mask, dtype)
-    expected = values(reference_attention, rounded, dout, mask, torch.float64)
+    found = values(kernel, rounded, dout, documents, dtype)
+    expected = values(reference_attention, rounded, dout, documents, torch.float64)
     for name, a, b, size in zip(
-        ("output", "dq", "dk", "dv"), found, expected, sizes(rounded, dout, mask), strict=True
+        ("output", "dq", "dk", "dv"), found, expected, sizes(rounded, dout, documents), strict=True
     ):
         error = ((a - b).abs() / size).max()
         assert error <= tolerance, f"{name}: {error:.1e} of its terms, more than {tolerance:.1e}"
 
 
-def documents_of(b: int, s: int) -> Tensor:
-    return (
-        torch.randint(0, 3, (b, s), generator=torch.Generator().manual_seed(s)).sort(dim=-1).values
-    )
+def documents_of(b: int, s: int) -> Documents:
+    numbers = torch.randint(0, 3, (b, s), generator=torch.Generator().manual_seed(s))
+    return Documents(numbers.sort(dim=-1).values)
 
 
 SHAPES = ((2, 4, 4, 2 * BLOCK, 16), (2, 6, 2, 2 * BLOCK + 5, 8), (1, 4, 1, 13, 32), (3, 2, 2, 1, 8))
@@ -105,16 +106,25 @@ def test_causal(name: str, dtype: torch.dtype, shape: tuple[int, int, int, int, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ("sdpa", "plain"))
+@pytest.mark.parametrize("name", ("sdpa", "packed plain", "packed sdpa", "packed flash"))
 def test_within_documents(name: str, dtype: torch.dtype) -> None:
-    """Catches a mask cut at the wrong rows or given to the wrong sequence of the batch."""
+    """Catches a mask cut at the wrong rows or given to the wrong sequence of the batch, and
+    documents that are packed another way than they are put back.
+    """
+    *how, kernel = name.split()
+    attend = packed(ATTENTION[kernel]) if how else ATTENTION[kernel]
     for shape in SHAPES:
-        assert_equal(
-            ATTENTION[name],
-            inputs_of(*shape),
-            document_mask(documents_of(shape[0], shape[3])),
-            dtype,
-        )
+        assert_equal(attend, inputs_of(*shape), documents_of(shape[0], shape[3]), dtype)
+
+
+@pytest.mark.parametrize("name", ("sdpa", "plain", "by_length"))
+def test_upcast(name: str) -> None:
+    """Catches groups of heads that are repeated and not summed, and a scale that is left out."""
+    kernel = UPCAST_ATTENTION[name]
+    for shape in SHAPES:
+        assert_equal(kernel, inputs_of(*shape), None, torch.bfloat16)
+        documents = documents_of(shape[0], shape[3])
+        assert_equal(packed(kernel), inputs_of(*shape), documents, torch.bfloat16)
 
 
 @settings(max_examples=20, deadline=None)
@@ -127,8 +137,10 @@ def test_within_documents(name: str, dtype: torch.dtype) -> None:
 )
 def test_plain_at_any_length(b: int, kv: int, group: int, s: int, masked: bool) -> None:
     """Catches a last block of odd size."""
-    mask = document_mask(documents_of(b, s)) if masked else None
-    assert_equal(plain_attention, inputs_of(b, group * kv, kv, s, 4), mask, torch.float32)
+    documents = documents_of(b, s) if masked else None
+    assert_equal(
+        packed(plain_attention), inputs_of(b, group * kv, kv, s, 4), documents, torch.float32
+    )
 
 
 def test_plain_in_any_order_of_memory() -> None:
@@ -143,12 +155,12 @@ def test_plain_in_any_order_of_memory() -> None:
             q: Tensor,
             k: Tensor,
             v: Tensor,
-            mask: Tensor | None,
+            documents: Documents | None,
             order: tuple = order,
             back: list = back,
         ) -> Tensor:
             q, k, v = (t.permute(order).contiguous().permute(back) for t in (q, k, v))
-            return plain_attention(q, k, v, mask).permute(order).contiguous().permute(back)
+            return plain_attention(q, k, v, documents).permute(order).contiguous().permute(back)
 
         assert_equal(moved, inputs, None, torch.float32)
 
@@ -157,8 +169,8 @@ def test_derivatives_are_exact() -> None:
     """Catches a formula that is nearly right: numerical derivatives in float64."""
     q, k, v = (t.detach().requires_grad_() for t in inputs_of(1, 2, 1, 5, 2))
     assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v), (q, k, v))
-    mask = document_mask(documents_of(1, 5))
-    assert torch.autograd.gradcheck(lambda q, k, v: plain_attention(q, k, v, mask), (q, k, v))
+    documents, within = documents_of(1, 5), packed(plain_attention)
+    assert torch.autograd.gradcheck(lambda q, k, v: within(q, k, v, documents), (q, k, v))
 
 
 def test_what_plain_keeps() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from k2train.model.kernels.elementwise import (
     fused_norm,
@@ -18,6 +18,7 @@ from k2train.model.kernels.elementwise import (
     rotate,
 )
 from k2train.model.kernels.select import NORM, SPLIT, SWIGLU
+from k2train.parallel.grad_accumulation import GradAccumulator, attach
 
 # Relative to the largest value. bf16 rounds by 2^-9; what is computed in fp32 and rounded once or
 # twice stays within this.
@@ -74,6 +75,22 @@ def test_norms(name: str, dtype: torch.dtype) -> None:
         (small, 1 + randn(48)),
         dtype,
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_adds_to_its_sum_once(dtype: torch.dtype) -> None:
+    """Catches a weight gradient that is lost, counted twice, or not rounded as autograd's is."""
+    x, g = randn(6, 2, 20).to(dtype), randn(6, 2, 20, seed=7).to(dtype)
+    alone, summed = (nn.Parameter(randn(20).to(dtype)) for _ in range(2))
+    arrived: list[None] = []
+    total = torch.full((20,), 3.0)
+    attach(summed, GradAccumulator(total, lambda: arrived.append(None)))
+
+    for weight in (alone, summed):
+        fused_norm(x, weight, 1e-5).backward(g)
+
+    assert alone.grad is not None and summed.grad is None
+    assert torch.equal(total, 3.0 + alone.grad.float()) and len(arrived) == 1
 
 
 @settings(max_examples=25, deadline=None)

@@ -28,7 +28,13 @@ from k2train.model.kernels.optional import (
     load_flash_attn_3,
     load_flash_attn_4,
 )
-from k2train.model.kernels.select import PLAIN_UP_TO, Attention, DeviceTraits, choose_kernels
+from k2train.model.kernels.select import (
+    PLAIN_UP_TO,
+    Attention,
+    DeviceTraits,
+    Documents,
+    choose_kernels,
+)
 from k2train.model.transformer import Stage
 from k2train.parallel.grid import Axis
 from k2train.train.setup import Setup
@@ -62,15 +68,14 @@ def test_auto_on_a_cpu() -> None:
 
 
 def test_the_config_says_where() -> None:
-    """Catches a choice made without the sequence length, the precision or the mask of the run."""
+    """Catches a choice made without the length, the precision or the documents of the run."""
     assert kernels_of(Setup.of(tiny_config(), 1)).attention_name == "plain"
     long = {"data__sequence_length": PLAIN_UP_TO[torch.float32] + 1}
     assert kernels_of(Setup.of(tiny_config(**long), 1)).attention_name == "sdpa"
     assert kernels_of(Setup.of(tiny_config(precision="bf16", **long), 1)).attention_name == "plain"
-    with pytest.raises(ConfigError, match="takes no mask"):
-        kernels_of(
-            Setup.of(tiny_config(kernels__attention="flash", data__cross_documents="block"), 1)
-        )
+    within = str(kernels_of(Setup.of(tiny_config(data__cross_documents="block"), 1)))
+    assert "attention by_length" in within and "documents packed" in within
+    assert "documents" not in str(kernels_of(Setup.of(tiny_config(**long), 1)))
 
 
 @pytest.mark.parametrize("compile", ("on", "off"))
@@ -125,7 +130,7 @@ def test_triton_by_name(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
         (
             {"attention": "flash9"},
             None,
-            r"kernels\.attention \(flash9\) is not one of auto, sdpa, plain, flash, cudnn, ",
+            r"kernels\.attention \(flash9\) is not one of auto, sdpa, plain, by_length, flash, ",
         ),
         ({"matmul": "fp8"}, None, r"kernels\.matmul \(fp8\) needs a CUDA device "),
         ({"norm": "rms"}, None, r"kernels\.norm \(rms\) is not one of auto, fused, torch, "),
@@ -140,9 +145,9 @@ def test_triton_by_name(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
             r"kernels\.attention \(cudnn\) needs a CUDA device, and this is cpu",
         ),
         (
-            {"attention": "flash"},
+            {"attention": "cudnn"},
             DeviceTraits(CPU, block=True),
-            r"\(flash\) takes no mask, which data\.cross_documents \(block\)",
+            r"\(cudnn\) cannot stop at document borders, which data\.cross_documents",
         ),
         (
             {"attention": "cudnn", "deterministic": False},
@@ -228,8 +233,8 @@ def positions_second_and_sums(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> 
 def assert_is_attention(kernel: Attention) -> None:
     q, k, v = inputs()
     assert torch.equal(kernel(q, k, v, None), reference_attention(q, k, v))
-    with pytest.raises(AssertionError, match="mask"):
-        kernel(q, k, v, torch.ones(3, 1, 5, 5, dtype=torch.bool))
+    with pytest.raises(AssertionError, match="documents"):
+        kernel(q, k, v, Documents(torch.zeros(3, 5, dtype=torch.int32)))
 
 
 @pytest.mark.parametrize("function", (positions_second, positions_second_and_sums))

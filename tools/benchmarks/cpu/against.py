@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.cpu.contenders import Contender
 from benchmarks.cpu.processes import worker_of
+from benchmarks.cpu.processor import kind_of, kind_text
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, ratio
 from benchmarks.cpu.table import FORMAT, ratio_text
 from k2train.errors import RunError
@@ -62,6 +63,16 @@ def read_base(path: Path) -> dict[str, Any]:
         raise RunError(
             f"--against {path} names no commit ({base.get('commit')}); write it from a git checkout"
         )
+
+    # Read at the end of the run, so its shape is looked at before it.
+    if not isinstance(base.get("machine") or {}, dict):
+        raise RunError(f"--against {path} is damaged: machine is no object; give a whole record")
+    try:
+        kind_text((base.get("machine") or {}).get("cpu"))
+    except (LookupError, TypeError, ValueError, AttributeError) as problem:
+        raise RunError(
+            f"--against {path} is damaged: machine.cpu: {type(problem).__name__} {problem}"
+        ) from None
 
     return base
 
@@ -134,8 +145,21 @@ def _compare(now: Row, then: Row) -> Comparison:
     )
 
 
-def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
-    """Markdown table of the comparison, with its basis."""
+def _other_processor(base: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
+    """The line on a record of another processor. The comparison is not affected: both trees ran."""
+    then = (base.get("machine") or {}).get("cpu")
+    if kind_of(then) is not None and kind_of(then) == kind_of(machine["cpu"]):
+        return []
+    return [
+        f"The record is of {kind_text(then)}, this run of {kind_text(machine['cpu'])}: the numbers "
+        "in the record are not compared, and both trees ran here."
+    ]
+
+
+def report(
+    comparisons: Sequence[Comparison], base: dict[str, Any], machine: Mapping[str, Any]
+) -> str:
+    """Markdown table of the comparison, with its basis; `machine` is the one that ran both."""
     head = f"Base: commit {base['commit']}, run beside this tree in this call."
     if base.get("uncommitted_changes"):
         head += (
@@ -144,6 +168,7 @@ def report(comparisons: Sequence[Comparison], base: dict[str, Any]) -> str:
 
     lines = [
         head,
+        *_other_processor(base, machine),
         f"A loss is a median below {1 - ESTABLISHED:.2f}; differences under {ESTABLISHED:.0%} are "
         "not established.",
         "",

@@ -48,11 +48,23 @@ def _ours(name: str, world: int, group: str, **sections: Mapping[str, Any]) -> C
     return Contender(name, "benchmarks.cpu.k2train_contender", world, sections, group)
 
 
-def _pipeline(schedule: str, stages_per_rank: int = 1) -> Contender:
-    keys = {"pipeline": 2, "schedule": schedule, "stages_per_rank": stages_per_rank}
+def _pipeline(schedule: str, stages_per_rank: int = 1, **more: Any) -> Contender:
+    keys = {"pipeline": 2, "schedule": schedule, "stages_per_rank": stages_per_rank, **more}
     return _ours(f"k2train-pp2-{schedule}", 2, "pipeline", parallel=keys)
 
 
+def _torch(name: str, schedule: str) -> tuple[Contender, Contender]:
+    """A schedule of torch with even stages, and balanced with the head."""
+    even = _peer(f"pipelining-{name}", "pipelining", 2, "pipeline", schedule=schedule)
+    name = f"{even.name}-balanced"
+    return even, _peer(name, "pipelining", 2, "pipeline", schedule=schedule, balanced=True)
+
+
+CHOSEN = {"layers_per_stage": "auto"}
+"""Keys of `parallel` that leave the cut to the plan."""
+
+
+BOTH = "tensor x pipeline"
 CONTENDERS: tuple[Contender, ...] = (
     _peer(REFERENCE, "reference", 1, "one process"),
     _peer("reference-compiled", "reference", 1, "one process", compile=True),
@@ -66,19 +78,33 @@ CONTENDERS: tuple[Contender, ...] = (
     _peer("dtensor-tp2-sp", "dtensor", 2, "tensor parallel", sequence=True),
     _peer("megatron-tp2", "megatron_core", 2, "tensor parallel", tensor=2),
     _ours("k2train-tp2-sp", 2, "tensor parallel", parallel={"tensor": 2}),
-    _peer("pipelining-1f1b", "pipelining", 2, "pipeline", schedule="1F1B"),
-    _peer("pipelining-interleaved", "pipelining", 2, "pipeline", schedule="Interleaved1F1B"),
-    _peer("pipelining-zb", "pipelining", 2, "pipeline", schedule="InterleavedZeroBubble"),
-    _peer("pipelining-zbv", "pipelining", 2, "pipeline", schedule="ZBVZeroBubble"),
+    *_torch("1f1b", "1F1B"),
+    *_torch("interleaved", "Interleaved1F1B"),
+    *_torch("zb", "InterleavedZeroBubble"),
+    *_torch("zbv", "ZBVZeroBubble"),
     _peer("megatron-pp2", "megatron_core", 2, "pipeline", pipeline=2),
+    _peer("megatron-pp2-balanced", "megatron_core", 2, "pipeline", pipeline=2, balanced=True),
     _pipeline("1f1b"),
     _pipeline("interleaved", 2),
     _pipeline("zb-h1"),
     _pipeline("zb-h2"),
     _pipeline("zb-v", 2),
-    _peer("torch-tp2-pp2", "pipelining", 4, "tensor x pipeline", schedule="1F1B", tensor=2),
-    _peer("megatron-tp2-pp2", "megatron_core", 4, "tensor x pipeline", tensor=2, pipeline=2),
-    _ours("k2train-tp2-pp2", 4, "tensor x pipeline", parallel={"tensor": 2, "pipeline": 2}),
+    _pipeline("auto", 2, **CHOSEN),
+    _peer("torch-tp2-pp2", "pipelining", 4, BOTH, schedule="1F1B", tensor=2),
+    _peer(
+        "torch-tp2-pp2-balanced", "pipelining", 4, BOTH, schedule="1F1B", tensor=2, balanced=True
+    ),
+    _peer("megatron-tp2-pp2", "megatron_core", 4, BOTH, tensor=2, pipeline=2),
+    _peer(
+        "megatron-tp2-pp2-balanced", "megatron_core", 4, BOTH, tensor=2, pipeline=2, balanced=True
+    ),
+    _ours("k2train-tp2-pp2", 4, BOTH, parallel={"tensor": 2, "pipeline": 2}),
+    _ours(
+        "k2train-tp2-pp2-auto",
+        4,
+        BOTH,
+        parallel={"tensor": 2, "pipeline": 2, "schedule": "auto", "stages_per_rank": 2, **CHOSEN},
+    ),
 )
 QUICK = (REFERENCE, "transformers", "k2train", "k2train-dp2", "k2train-tp2-sp", "k2train-pp2-1f1b")
 
@@ -107,7 +133,8 @@ AIMS: tuple[Aim, ...] = (
     Aim(("k2train-tp2-sp",), (REFERENCE,), 0.95, "the reference"),
     Aim(OUR_PIPELINES, _named("pipelining"), 1.2, "torch's pipelining"),
     Aim(OUR_PIPELINES, (REFERENCE,), 0.95, "the reference"),
-    Aim(("k2train-tp2-pp2",), ("megatron-tp2-pp2",), 1.2, "Megatron-core"),
+    Aim(_named("k2train-tp2-pp2"), _named("megatron-tp2-pp2"), 1.2, "Megatron-core"),
+    Aim(_named("k2train-tp2-pp2"), _named("torch-tp2-pp2"), 1.2, "torch's pipelining and DTensor"),
 )
 
 

@@ -1,5 +1,7 @@
 """k2train contender, through its engine; options are the config sections that make the layout.
 
+Memory of the process is kept as in a run, which sets that at its start.
+
 It runs the k2train of this file's own tree, even if another one is installed. So an earlier commit
 is measured by its own file with its own package.
 """
@@ -21,6 +23,7 @@ from k2train.errors import UserError
 from k2train.parallel.grid import ProcessGrid
 from k2train.plan import cost
 from k2train.train.engine import Engine
+from k2train.train.host_memory import keep_freed_memory
 from k2train.train.setup import Setup
 
 MODEL_KEYS = (
@@ -39,6 +42,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
         f"k2train came from {k2train.__file__}, not {root}"
     )
 
+    memory = keep_freed_memory("cpu")
     try:
         config = Config.model_validate(_tree(work, precision, options))
         setup = Setup.of(config, world)
@@ -53,7 +57,7 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     def step() -> float:
         return engine.train_step(microbatches, work.lr).loss
 
-    return Built(step, cost.parameters(setup.architecture), str(engine.kernels))
+    return Built(step, cost.parameters(setup.architecture), f"{engine.kernels}; {memory}")
 
 
 def _tree(work: Work, precision: str, options: Mapping[str, Any]) -> dict[str, Any]:

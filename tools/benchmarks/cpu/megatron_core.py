@@ -1,6 +1,7 @@
 """Megatron-core contender on CPU: its GPTModel, tensor and pipeline parallelism and schedules.
 
-- Options `tensor` and `pipeline` are the degrees.
+- Options `tensor` and `pipeline` are the degrees. `balanced`: the first and the last pipeline stage
+  have the numbers of layers that give ranks equal work with the head, as k2train cuts.
 - It is written for CUDA. In this process only, these are replaced: the seeding of CUDA generators
   (`model_parallel_cuda_manual_seed` is not called, the tracker's `fork` changes nothing),
   `torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` (nothing), and `device="cuda"` of
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from benchmarks.cpu.contract import Built
 from benchmarks.cpu.llama import DTYPES, IGNORE, FusedAdamW, global_batch, labels_of
-from benchmarks.cpu.work import Work
+from benchmarks.cpu.work import Work, layers_of_stages
+from k2train.plan.schedule import pipeline_layout
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -62,7 +64,8 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     leave_cuda_out()
     parallel_state.initialize_model_parallel(tensor, pipeline)
     torch.manual_seed(work.seed)
-    config = _config(work, DTYPES[precision], tensor, pipeline)
+    ends = end_stages(work, pipeline) if options.get("balanced") else {}
+    config = _config(work, DTYPES[precision], tensor, pipeline, ends)
 
     model = GPTModel(
         config=config,
@@ -96,8 +99,20 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     return Built(step, _parameters(model))
 
 
-def _config(work: Work, dtype: torch.dtype, tensor: int, pipeline: int) -> TransformerConfig:
+def end_stages(work: Work, pipeline: int) -> dict[str, int]:
+    """Its keys for a balanced cut; what is left must divide over the stages between."""
+    cut = layers_of_stages(work, pipeline_layout("1f1b", pipeline), balanced=True)
+    return {
+        "num_layers_in_first_pipeline_stage": len(cut[0]),
+        "num_layers_in_last_pipeline_stage": len(cut[-1]),
+    }
+
+
+def _config(
+    work: Work, dtype: torch.dtype, tensor: int, pipeline: int, ends: Mapping[str, int]
+) -> TransformerConfig:
     return TransformerConfig(
+        **ends,
         num_layers=work.num_layers,
         hidden_size=work.hidden_size,
         ffn_hidden_size=work.ffn_hidden_size,

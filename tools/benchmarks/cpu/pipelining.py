@@ -3,7 +3,9 @@
 - Option `schedule` is the name of its class without `Schedule`.
 - Option `tensor`: DTensor tensor and sequence parallelism in each stage; activations are sent
   between stages in their shards.
-- Layers are split evenly, as its own splitters do; `ZBVZeroBubble` places stages in a V.
+- Layers are split evenly, as its own splitters do. Option `balanced`: so that ranks have equal work
+  with the head, the cut that k2train gives itself (`k2train.plan.balance`).
+- `ZBVZeroBubble` places stages in a V.
 """
 
 import contextlib
@@ -29,7 +31,9 @@ from benchmarks.cpu.llama import (
     mean_loss,
     size_of,
 )
-from benchmarks.cpu.work import Work
+from benchmarks.cpu.work import Work, layers_of_stages
+from k2train.plan.layout import Layout
+from k2train.plan.schedule import pipeline_layout
 
 
 def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, world: int) -> Built:
@@ -43,7 +47,9 @@ def build(work: Work, precision: str, options: Mapping[str, Any], rank: int, wor
     mine = _stages(options["schedule"], issubclass(kind, PipelineScheduleMulti), pp, degree)
     count = degree * len(mine)
     torch.manual_seed(work.seed)
-    models = [Llama(work, _layers(work, stage, count), DTYPES[precision]) for stage in mine]
+    layout = _layout(options["schedule"], degree)
+    cut = layers_of_stages(work, layout, bool(options.get("balanced")))
+    models = [Llama(work, cut[stage], DTYPES[precision]) for stage in mine]
     if tensor > 1:
         for model in models:
             shard(model, mesh["tp"], sequence=True, local_logits=True)
@@ -94,8 +100,11 @@ def _stages(name: str, several: bool, pp: int, degree: int) -> list[int]:
     return [pp, 2 * degree - 1 - pp] if "V" in name else [pp, pp + degree]
 
 
-def _layers(work: Work, stage: int, count: int) -> range:
-    return range(stage * work.num_layers // count, (stage + 1) * work.num_layers // count)
+def _layout(name: str, degree: int) -> Layout:
+    """Which rank has which stage under a schedule."""
+    if name in ("1F1B", "GPipe"):
+        return pipeline_layout("1f1b", degree)
+    return pipeline_layout("zb-v" if "V" in name else "interleaved", degree, 2)
 
 
 def _parameters(models: list[Llama], group: dist.ProcessGroup) -> int:

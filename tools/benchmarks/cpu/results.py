@@ -13,6 +13,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.cpu.contenders import AIMS, PRECISIONS, REFERENCE, Aim
 from benchmarks.cpu.rounds import Sample
@@ -55,6 +56,7 @@ class Row:
     peak_resident_bytes: int | None
     peak_step_bytes: int | None
     note: str
+    runtime: dict[str, Any] | None
     problem: str | None
     kind: str
     """`unavailable`, `failed` or `other work`; empty without a problem."""
@@ -119,6 +121,7 @@ def _row(sample: Sample, reference: Sample | None, work: Work) -> Row:
         peak_resident_bytes=sample.peak_resident_bytes,
         peak_step_bytes=sample.peak_step_bytes,
         note=sample.note,
+        runtime=sample.runtime,
         problem=problem,
         kind=kind,
     )

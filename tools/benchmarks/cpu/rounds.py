@@ -54,6 +54,8 @@ class Sample:
     losses: list[float] = field(default_factory=list)
     parameters: int | None = None
     note: str = ""
+    runtime: dict[str, Any] | None = None
+    """Libraries of its processes, as `serve.runtime_facts` has them; None from older commits."""
     peak_resident_bytes: int | None = None
     peak_step_bytes: int | None = None
     problem: str | None = None
@@ -114,6 +116,7 @@ def _started(processes: ContenderProcesses, sample: Sample, plan: Plan) -> None:
     answers = processes.ask(None, plan.start_limit_seconds)
     if answers:
         sample.parameters, sample.note = int(answers[0]["parameters"]), str(answers[0]["note"])
+        sample.runtime = answers[0].get("runtime")
 
 
 def _run(

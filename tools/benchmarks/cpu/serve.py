@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,12 @@ from benchmarks.cpu.contract import Built, UnavailableError
 from benchmarks.cpu.measure import peak_step_bytes
 from benchmarks.cpu.work import Work
 from k2train.processes import peak_resident_bytes
+
+LIBRARIES = {
+    "mkl": r"(?:oneAPI )?Math Kernel Library Version ([\w.]+)",
+    "onednn": r"(?:MKL-DNN|oneDNN) v([\w.]+)",
+}
+"""How `torch.__config__.show()` names them; oneDNN by its former name."""
 
 
 def build(spec: Mapping[str, Any]) -> Built:
@@ -35,6 +42,19 @@ def build(spec: Mapping[str, Any]) -> Built:
     )
     assert isinstance(built, Built), f"{module}.build gave {built!r}"
     return built
+
+
+def runtime_facts() -> dict[str, Any]:
+    """Instruction sets that torch's own kernels use, and versions of its product libraries.
+
+    Versions are from torch's account of its build; null for a library that it was built without.
+    """
+    built_with = torch.__config__.show()
+    versions = {name: re.search(pattern, built_with) for name, pattern in LIBRARIES.items()}
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **{name: found and found[1] for name, found in versions.items()},
+    }
 
 
 def obey(built: Built, line: str) -> dict[str, Any]:

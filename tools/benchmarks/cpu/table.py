@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cpu.contenders import PRECISIONS
+from benchmarks.cpu.processor import details_text, kind_text
 from benchmarks.cpu.results import ESTABLISHED, Ratio, Row, Verdict, joining_ratio
 from benchmarks.cpu.rounds import Plan
 from benchmarks.cpu.work import Work
@@ -60,10 +61,10 @@ def rows_json(rows: Sequence[Row], verdicts: Sequence[Verdict]) -> dict[str, Any
 def report(facts: Mapping[str, Any], rows: Sequence[Row], verdicts: Sequence[Verdict]) -> str:
     """The whole report, the table last."""
     table = markdown_table(HEAD, (_cells(row, rows, verdicts) for row in rows))
-    return "\n".join([*_preamble(facts), "", *table])
+    return "\n".join([*_preamble(facts, rows), "", *table])
 
 
-def _preamble(facts: Mapping[str, Any]) -> list[str]:
+def _preamble(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     machine, work = facts["machine"], Work(**facts["work"])
     versions = ", ".join(
         f"{name} {found or 'not installed'}" for name, found in machine["versions"].items()
@@ -75,6 +76,9 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
         f"Machine: {machine['processor']}, {facts['cores']} of {machine['cores']} cores, "
         f"{bytes_text(machine['memory_bytes'])}, {machine['system']}, load {machine['load']} "
         "at the start",
+        f"Processor: {kind_text(machine['cpu'])}; {details_text(machine['cpu'])}",
+        *_libraries(rows),
+        "Ratios hold for this kind of processor only.",
         f"Versions: Python {machine['python']}, {versions}; k2train commit {commit}",
         f"Work: {work.num_layers} layers, hidden {work.hidden_size}, ffn {work.ffn_hidden_size}, "
         f"{work.num_heads} heads, vocabulary {work.vocab_size}: {work.parameters:,} parameters; "
@@ -87,6 +91,18 @@ def _preamble(facts: Mapping[str, Any]) -> list[str]:
         "Memory: resident is the sum of the processes' peaks; step is the largest peak that one "
         "process allocates during a step (activations, temporaries, new gradients).",
     ]
+
+
+def _libraries(rows: Sequence[Row]) -> list[str]:
+    """The line on the libraries of the contenders, if any of them started."""
+    runtime = next((row.runtime for row in rows if row.runtime), None)
+    if runtime is None:
+        return []
+    versions = ", ".join(
+        f"{title} {runtime[name] or 'not in this build'}"
+        for name, title in (("mkl", "MKL"), ("onednn", "oneDNN"))
+    )
+    return [f"Libraries: torch's own kernels for {runtime['capability']}, {versions}"]
 
 
 def _cells(row: Row, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> list[str]:

@@ -3,7 +3,7 @@
 - One frozen record, passed as JSON to every process, so no contender does less by a default.
 - The gradient norm is not clipped. Most peers cannot clip over sharded gradients, and k2train
   computes its norm anyway: the peers save the work, not k2train.
-- Standard library only.
+- No torch.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from k2train.errors import ConfigError
+from k2train.plan.balance import balanced_layers
+from k2train.plan.cost import ModelShape
+from k2train.plan.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,27 @@ class Work:
             + 2 * self.hidden_size
         )
         return self.num_layers * layer + 2 * self.vocab_size * self.hidden_size + self.hidden_size
+
+
+def layers_of_stages(work: Work, layout: Layout, balanced: bool) -> list[range]:
+    """Layers of each pipeline stage: as many on every one, or balanced with the head.
+
+    Balanced is the cut that k2train gives itself.
+    """
+    count = layout.num_stages
+    counts: Sequence[int] | None = [
+        (stage + 1) * work.num_layers // count - stage * work.num_layers // count
+        for stage in range(count)
+    ]
+
+    if balanced:
+        heads = work.num_heads
+        sizes = work.num_layers, work.hidden_size, work.ffn_hidden_size
+        shape = ModelShape(*sizes, heads, heads, work.vocab_size)
+        counts = balanced_layers(shape, layout, work.sequence_length)
+    assert counts is not None, "there are fewer layers than stages"
+
+    return [range(start, end) for start, end in pairwise([0, *accumulate(counts)])]
 
 
 def parse_work(changes: Sequence[str]) -> Work:

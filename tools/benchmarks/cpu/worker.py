@@ -48,7 +48,8 @@ def main(spec: Mapping[str, Any]) -> int:
         )
         return 1
 
-    send_answer(answers, parameters=built.parameters, note=built.note)
+    runtime = serve.runtime_facts()
+    send_answer(answers, parameters=built.parameters, note=built.note, runtime=runtime)
 
     try:
         for line in sys.stdin:

@@ -37,7 +37,12 @@ def world_of_one(bench: Bench) -> Iterator[ProcessGrid]:
 
 
 def config_of(
-    shape: ModelShape, batch: Batch, microbatches: int, kernels: dict[str, Any], precision: str
+    shape: ModelShape,
+    batch: Batch,
+    microbatches: int,
+    kernels: dict[str, Any],
+    precision: str,
+    cross_documents: str = "attend",
 ) -> Config:
     """Config of that shape; its data is never opened. Raises ConfigError."""
     tree = config_tree(
@@ -46,6 +51,7 @@ def config_of(
         batch.sequences * microbatches,
         batch.sequences,
         LR,
+        data={"cross_documents": cross_documents},
         kernels=kernels,
         precision=precision,
     )

@@ -126,10 +126,13 @@ def differentiated(
     leaves = [tensor.requires_grad_() for tensor in inputs]
     given = function(*leaves)
     y = given if isinstance(given, tuple) else (given,)
+    # A norm of ours adds its weight's gradient to the weight's sum, and autograd gets none.
     dy = [torch.randn_like(t) if t.dim() else torch.ones_like(t) for t in y]
     return Piece(
         lambda: function(*leaves),
-        lambda: torch.autograd.grad(y, [*leaves, *weights], dy, retain_graph=True),
+        lambda: torch.autograd.grad(
+            y, [*leaves, *weights], dy, retain_graph=True, allow_unused=True
+        ),
         flops=flops,
         backward_flops=5 * flops // 2,
     )

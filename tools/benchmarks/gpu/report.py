@@ -91,7 +91,7 @@ def number(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
 
 def share(value: float | None, of_what: float | None) -> str:
     """Format a share in percent; `-` if either is unknown."""
-    return "-" if value is None or not of_what else f"{100 * value / of_what:.0f} %"
+    return "-" if value is None or not of_what else f"{100 * value / of_what:.0f}%"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

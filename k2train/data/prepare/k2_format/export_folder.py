@@ -64,7 +64,7 @@ def export_k2(
     remaining = [
         (name, info) for name, info in files.items() if not is_file_retried(temporary / name)
     ]
-    for name, info in progress.track("export", remaining, unit="chunks"):
+    for name, info in progress.track("export", remaining, unit="chunk"):
         export_chunk(manifest, info, temporary / name)
     for path in list_retried(temporary):
         if path.name not in files:
@@ -93,4 +93,6 @@ def _not_exported(manifest: Manifest) -> list[str]:
         missing.append(f"{manifest.held_out.name} ({counted(manifest.held_out.rows, 'row')})")
     if any(info.borders is not None for info in manifest.chunks):
         missing.append("the document borders")
+    if manifest.has_masks:
+        missing.append("the loss masks")
     return missing

@@ -259,7 +259,7 @@ def _run_tasks(tasks: Sequence[ImportTask], workers: int, progress: Progress) ->
                 if count == 1
                 else pool.results(partial(import_chunk, task) for task in remaining)
             )
-            for info in progress.track("import", infos, total=len(remaining), unit="chunks"):
+            for info in progress.track("import", infos, total=len(remaining), unit="chunk"):
                 done[info.name] = info
 
     return [done[task.name] for task in tasks]

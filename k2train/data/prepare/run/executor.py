@@ -81,7 +81,7 @@ def run_phases(
     ):
         for phase in phases:
             done = _watch(workspace, phase, started)
-            for _ in progress.track(phase.name, done, total=phase.tasks, unit="tasks"):
+            for _ in progress.track(phase.name, done, total=phase.tasks, unit="task"):
                 pass
 
 

@@ -197,12 +197,15 @@ def damaged(manifest: Manifest) -> list[str]:
             expected[info.provenance] = str(info.provenance_sha256)
         if info.borders:
             expected[info.borders] = str(info.borders_sha256)
+        if info.loss_mask:
+            expected[info.loss_mask] = str(info.loss_mask_sha256)
 
     facts = manifest.facts
     for name, recorded in (
         (SOURCES_NAME, facts.sources_sha256),
         (REJECTED_NAME, facts.rejected_sha256),
         (TEXTS_NAME, facts.texts.sha256 if facts.texts else None),
+        (facts.chat.file if facts.chat else "", facts.chat.sha256 if facts.chat else None),
     ):
         if recorded is not None:
             expected[name] = recorded

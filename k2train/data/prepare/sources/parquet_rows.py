@@ -37,19 +37,28 @@ def parquet_rows(
     except ImportError:
         raise UserError("reading Parquet needs pyarrow: pip install 'k2train[data]'") from None
 
+    with whole_parquet(path) as file:
+        schema = file.schema_arrow
+        texts = [key for key in text_keys if has_column(schema, key)]
+        others = [*([id_key] if id_key else []), *fields]
+        _check_columns(path, schema, texts, text_keys, others)
+        rows = _batch_rows(file.metadata)
+        keys = list(dict.fromkeys([*texts, *others]))
+        for batch in file.iter_batches(batch_size=rows, columns=keys, use_threads=False):
+            values = {key: _cells(arrow, _column(batch, key)) for key in keys}
+            for index in range(batch.num_rows):
+                cells = {key: column[index] for key, column in values.items()}
+                yield _row(cells, texts, id_key, fields)
+
+
+@contextmanager
+def whole_parquet(path: str) -> Iterator[Any]:
+    """Open a Parquet file as `open_parquet`; raises DataError where it turns out damaged."""
+    import pyarrow as arrow
+
     try:
         with open_parquet(path) as file:
-            schema = file.schema_arrow
-            texts = [key for key in text_keys if has_column(schema, key)]
-            others = [*([id_key] if id_key else []), *fields]
-            _check_columns(path, schema, texts, text_keys, others)
-            rows = _batch_rows(file.metadata)
-            keys = list(dict.fromkeys([*texts, *others]))
-            for batch in file.iter_batches(batch_size=rows, columns=keys, use_threads=False):
-                values = {key: _cells(arrow, _column(batch, key)) for key in keys}
-                for index in range(batch.num_rows):
-                    cells = {key: column[index] for key, column in values.items()}
-                    yield _row(cells, texts, id_key, fields)
+            yield file
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a complete Parquet file ({reason}); fetch it again") from None

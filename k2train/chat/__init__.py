@@ -1,0 +1,1 @@
+"""Chat: conversations made into training data by a template, and talking with a checkpoint."""

@@ -1,0 +1,1 @@
+"""Evaluation: tasks scored on the checkpoints of a run, item by item."""

@@ -1,0 +1,1 @@
+"""Static pages of what the checkpoints of a run answered."""

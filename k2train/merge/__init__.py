@@ -1,0 +1,1 @@
+"""Merging checkpoints: weighted sums of their weights, as checkpoints of their own."""

@@ -1,0 +1,1 @@
+"""Release: a run as a folder for others, with an index of everything, and its verification."""

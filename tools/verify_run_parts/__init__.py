@@ -1,0 +1,1 @@
+"""Parts of tools/verify_run.py."""
