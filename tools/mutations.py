@@ -148,8 +148,8 @@ MUTATIONS = (
     Mutation(
         "calibration: the picture leaves out the pace of a run",
         "k2train/calibrate/check_picture.py",
-        "Interval(*(one.pace * seconds for seconds in predicted))",
-        "Interval(*predicted)",
+        "Span(*(one.pace * seconds for seconds in predicted))",
+        "Span(*predicted)",
         "tests/calibrate/test_check_picture.py::test_the_picture_says_what_the_table_says",
     ),
     Mutation(
