@@ -30,6 +30,8 @@ RECORDING_SECONDS = 2.0
 """Longest wait for the flight recorder."""
 HELD_SECONDS = 3 * RECORDING_SECONDS
 """Time after which the kernel ends a process whose flight recorder holds Python's lock."""
+_TIMER = threading.Lock()
+"""Held while that end is timed: a process has one timer, which two would set for each other."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,14 @@ class OwnHeartbeat:
         kernel ends it, by SIGALRM.
         """
         thread = threading.Thread(target=self._dump_recording, name="watch-recording", daemon=True)
-        before = signal.setitimer(signal.ITIMER_REAL, HELD_SECONDS)
-        # Where no thread can be made, the report has no recording.
-        with contextlib.suppress(RuntimeError, MemoryError):
-            thread.start()
-            thread.join(RECORDING_SECONDS)
-        if not thread.is_alive():
-            signal.setitimer(signal.ITIMER_REAL, *before)
+        with _TIMER:
+            before = signal.setitimer(signal.ITIMER_REAL, HELD_SECONDS)
+            # Where no thread can be made, the report has no recording.
+            with contextlib.suppress(RuntimeError, MemoryError):
+                thread.start()
+                thread.join(RECORDING_SECONDS)
+            if not thread.is_alive():
+                signal.setitimer(signal.ITIMER_REAL, *before)
 
     def _dump_recording(self) -> None:
         content = self.recording()

@@ -1,10 +1,13 @@
 """A calibration's process: every kernel and collective is timed on real ranks, side by side."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from k2train.calibrate import engines as engines_module
+from k2train.calibrate import worker
 from k2train.calibrate.clock import Clock, times_of
 from k2train.calibrate.collectives import collective_times
 from k2train.calibrate.engine_config import ENGINES, engine_config
@@ -58,9 +61,8 @@ def test_a_round_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounds.reference() == precisions.count("fp32") == len(precisions) // 2
 
 
-def test_engines_have_a_reference_that_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches engines in the seconds of rounds whose kernels waited for other ranks and started
-    cold: such a kernel takes three times as long here."""
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Clock of one of two ranks, on which a kernel takes 3 s after a wait for the other, else 1."""
     waited = [False]
 
     def barrier() -> None:
@@ -71,11 +73,18 @@ def test_engines_have_a_reference_that_waits_for_nobody(monkeypatch: pytest.Monk
         waited[0] = False
         return found
 
-    rounds = KernelRounds(Clock(torch.device("cpu")), TASK)
-    monkeypatch.setattr(rounds.clock, "seconds_of", seconds_of)
+    clock = Clock(torch.device("cpu"))
+    monkeypatch.setattr(clock, "seconds_of", seconds_of)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "barrier", barrier)
+    return clock
+
+
+def test_engines_have_a_reference_that_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches engines in the seconds of rounds whose kernels waited for other ranks and started
+    cold: such a kernel takes three times as long here."""
+    rounds = KernelRounds(two_ranks(monkeypatch), TASK)
     kernel_times(rounds, 2)
     kernels = len(rounds.cases) - 1
     assert rounds.sums == [3.0 * kernels] * 3
@@ -83,6 +92,33 @@ def test_engines_have_a_reference_that_waits_for_nobody(monkeypatch: pytest.Monk
     # An engine alone has a group of one, which has nobody to wait for.
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
     assert rounds.reference() == rounds.reference_alone() == kernels
+
+
+def test_a_task_counts_in_the_seconds_of_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches engines of a rank alone in the seconds of rounds that wait, those of two ranks in the
+    seconds of rounds that do not, and collectives timed without a run's shared memory."""
+    clock, shared = two_ranks(monkeypatch), object()
+
+    def engine_shares(*given: object) -> list[dict[str, float]]:
+        return [dict.fromkeys(engines_module.PARTS, 0.5)]
+
+    def timed(clock: Clock, axis: object, *given: object) -> list[Any]:
+        assert axis is shared
+        return [("all-gather", 4096, times_of([1.0, 1.0]))]
+
+    monkeypatch.setattr(worker, "_prepared", lambda task, rank: clock)
+    monkeypatch.setattr(worker, "_join", lambda task, rank: None)
+    monkeypatch.setattr(worker, "start_process_group", lambda *given: None)
+    monkeypatch.setattr(worker, "stop_process_group", lambda: None)
+    monkeypatch.setattr(worker, "share_memory", lambda axis, device: shared)
+    monkeypatch.setattr(worker, "engine_times", engine_shares)
+    monkeypatch.setattr(worker, "collective_times", timed)
+    found = worker.run({**TASK, "ranks": 2, "kernels": True}, 0)
+    kernels = len(found["kernels"]) - 1
+    assert found["engines"] == [dict.fromkeys(engines_module.PARTS, 0.5 * kernels)]
+    assert found["tensor engines"] == [dict.fromkeys(engines_module.PARTS, 0.5 * 3 * kernels)]
+    assert found["rounds"] == [3.0 * kernels] * 2
+    assert found["collectives"] == [["all-gather", 4096, 1.0, 0.0]]
 
 
 def test_a_step_is_measured_in_its_turns_reference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ SIGNALS = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
     signal.SIGCHLD, signal.SIGPIPE,
 )  # fmt: skip
+REAL = signal.ITIMER_REAL
 END_SECONDS = 5.0
 """How long a thread that works on is waited for: most have been asked to end."""
 
@@ -46,6 +47,10 @@ def _put_handler(number: signal.Signals) -> Callable[[Any], object]:
     return lambda handler: handler is not None and signal.signal(number, handler)
 
 
+def _is_timed() -> bool:
+    return signal.getitimer(REAL)[0] > 0
+
+
 RETRIES = logging.getLogger("k2train.retry")
 PLAIN = (
     Shared("the working folder", os.getcwd, os.chdir),
@@ -53,6 +58,7 @@ PLAIN = (
     Shared("logging.disable", lambda: logging.root.manager.disable, logging.disable),
     Shared("the level of the root logger", lambda: logging.root.level, logging.root.setLevel),
     Shared("the level of k2train.retry", lambda: RETRIES.level, RETRIES.setLevel),
+    Shared("whether SIGALRM is to come", _is_timed, lambda _: signal.setitimer(REAL, 0.0)),
     *(
         Shared(
             f"the handler of {one.name}", lambda one=one: signal.getsignal(one), _put_handler(one)

@@ -43,7 +43,7 @@ from k2train.watchdog.heartbeat import (
     read_heartbeat,
     write_heartbeat,
 )
-from k2train.watchdog.own_heartbeat import Member
+from k2train.watchdog.own_heartbeat import Member, OwnHeartbeat
 from k2train.watchdog.phase_timer import PhaseTimer
 from k2train.watchdog.timeouts import Timeouts
 from k2train.watchdog.watchdog import Watchdog
@@ -516,6 +516,31 @@ def test_each_phase_of_a_start_has_its_own_clock_which_progress_begins_again() -
     assert clocks.overrun() == pytest.approx(-599.0)
     clocks.enter("step", 1)
     assert (clocks.overrun(), clocks.progress_count) == (-600.0, 0)
+
+
+def test_two_dumps_at_once_leave_no_alarm_behind(tmp_path: Path) -> None:
+    """Catches one that puts the other's timer back: SIGALRM would end the process 6 s later."""
+
+    def dump(rank: int, began: threading.Event, wait: threading.Event) -> threading.Thread:
+        timer = PhaseTimer(Timeouts(), time.monotonic)
+        own = OwnHeartbeat(tmp_path, Member(rank, 2), timer, lambda: (0, "", "", 0.0))
+
+        def recording() -> None:
+            began.set()
+            wait.wait(0.5)
+
+        own.recording = recording
+        thread = threading.Thread(target=own.dump_recording)
+        thread.start()
+        return thread
+
+    first, second = threading.Event(), threading.Event()
+    threads = [dump(0, first, second)]
+    assert first.wait(HANG_SECONDS)
+    threads.append(dump(1, second, threading.Event()))
+    for thread in threads:
+        thread.join(HANG_SECONDS)
+    assert signal.setitimer(signal.ITIMER_REAL, 0.0) == (0.0, 0.0)
 
 
 def test_ranks_wait_for_one_whose_work_gets_on_and_no_longer(tmp_path: Path) -> None:
