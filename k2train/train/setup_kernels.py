@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 
 from k2train.errors import ConfigError
-from k2train.model.kernels.onednn import preferred as onednn_preferred
 from k2train.model.kernels.openblas import find_openblas
-from k2train.model.kernels.product_choice import Choice, ChosenProduct
+from k2train.model.kernels.processor_library import fp32_library_of_processor
+from k2train.model.kernels.product_choice import LIBRARIES, Choice, ChosenProduct
 from k2train.model.kernels.select import DeviceTraits, Kernels, choose_kernels
 from k2train.model.kernels.upcast import UpcastProduct
 from k2train.parallel.agreement import Agreement
@@ -76,8 +76,8 @@ def kernels_of(
 def fp32_library(kernels: Kernels) -> str:
     """Return the library of a CPU's fp32 products; "" where the products are not fp32's."""
     if kernels.matmul == "upcast":
-        return "onednn" if onednn_preferred() else "torch"
-    fp32 = kernels.matmul in ("torch", "onednn") and "rounded" not in kernels.gradients
+        return fp32_library_of_processor()
+    fp32 = kernels.matmul in LIBRARIES and "rounded" not in kernels.gradients
     return kernels.matmul if fp32 else ""
 
 
@@ -86,9 +86,9 @@ def _with_choice(kernels: Kernels, choice: Choice) -> Kernels:
     product: Product = ChosenProduct(choice)
     if kernels.matmul == "upcast":
         product = UpcastProduct(product)
-    versions = kernels.versions
-    if "openblas" in choice.libraries:
-        versions = (*versions, str(find_openblas()))
+    versions, openblas = kernels.versions, str(find_openblas())
+    if "openblas" in choice.libraries and openblas not in versions:
+        versions = (*versions, openblas)
     return replace(kernels, choice=choice, product=product, versions=versions)
 
 

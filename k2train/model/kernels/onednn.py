@@ -1,21 +1,14 @@
 """oneDNN fp32 matrix products on a CPU (`kernels.matmul: onednn`).
 
 - torch includes oneDNN but does not use it for fp32.
-- torch gives fp32 products to MKL, whose fast paths need an Intel processor. On an AMD EPYC (Zen 4,
-  one thread, 1024 x 256 by 256 x 768) MKL takes 5.2 ms and oneDNN 2.0 to 2.7. Both are plain IEEE
-  fp32 (largest error against float64, relative to the largest value: 3.8e-7 and 6.2e-7).
+- torch gives fp32 products to MKL, whose paths for AVX-512 need an Intel processor. Both are plain
+  IEEE fp32 (largest error against float64, relative to the largest value: 3.8e-7 and 6.2e-7).
 - bf16 products use oneDNN already.
-- `auto` means onednn where the processor is not Intel's.
+- Which processors `auto` takes it for: `processor_library`.
 - The op is the one that torch's compiler emits for a linear layer. It has no derivative, and needs
   none here.
-
-Alternatives considered:
-- `auto` chooses by a measurement: two fresh runs of one config could differ in their bits.
-  `measured` does, and keeps to its record.
 """
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,23 +50,6 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
 def available() -> bool:
     """Whether this torch has the op."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@cache
-def preferred() -> bool:
-    """Whether `auto` means onednn: available, and the processor is known not to be Intel's."""
-    try:
-        # Other architectures have no vendor_id: unknown, so not preferred.
-        vendors = {
-            line.split(":")[1].strip() for line in _cpu_facts() if line.startswith("vendor_id")
-        }
-    except (OSError, IndexError):
-        return False
-    return available() and bool(vendors) and "GenuineIntel" not in vendors
-
-
-def _cpu_facts() -> list[str]:
-    return Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
 
 
 def onednn_product(device: torch.device, dtype: torch.dtype) -> OneDnnProduct:

@@ -51,7 +51,6 @@ from k2train.model.kernels.elementwise import (
 from k2train.model.kernels.formulas import FUSED, Formulas, compiled_formulas
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
-from k2train.model.kernels.onednn import preferred as onednn_preferred
 from k2train.model.kernels.openblas import find_openblas, openblas_product
 from k2train.model.kernels.optional import (
     INSTALL,
@@ -59,6 +58,7 @@ from k2train.model.kernels.optional import (
     OPTIONAL_NORM,
     version_of,
 )
+from k2train.model.kernels.processor_library import fp32_library_of_processor
 from k2train.model.kernels.product_choice import Choice
 from k2train.model.kernels.upcast import upcast_product
 from k2train.parallel.collective_matmul import Product
@@ -148,7 +148,8 @@ class Kernels:
     @property
     def largest_matmul(self) -> str:
         """Matrix products in use that need the most memory."""
-        onednn = self.matmul == "torch" and self.choice and "onednn" in self.choice.libraries
+        added = self.matmul in ("torch", "openblas")
+        onednn = added and self.choice and "onednn" in self.choice.libraries
         return "onednn" if onednn else self.matmul
 
     def names(self) -> dict[str, str]:
@@ -247,7 +248,10 @@ def package_versions(attention: str, norm: str, matmul: str) -> list[str]:
     """Name and version of the optional packages and libraries of these kernels."""
     used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
-    library = [str(find_openblas())] if matmul == "openblas" else []
+    by_openblas = matmul == "openblas" or (
+        matmul == "upcast" and fp32_library_of_processor() == "openblas"
+    )
+    library = [str(find_openblas())] if by_openblas else []
     return library + [f"{name} {version_of(name)}" for name in packages]
 
 
@@ -265,7 +269,7 @@ def auto_matmul(traits: DeviceTraits) -> str:
     if traits.device.type != "cpu":
         return "torch"
     if traits.dtype == torch.float32:
-        return "onednn" if onednn_preferred() else "torch"
+        return fp32_library_of_processor()
     return "upcast" if traits.emulates_bf16 else "torch"
 
 

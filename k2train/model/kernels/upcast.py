@@ -28,7 +28,8 @@ from k2train.model.kernels.attention import (
     upcast_plain_attention,
 )
 from k2train.model.kernels.documents import Documents
-from k2train.model.kernels.onednn import OneDnnProduct, preferred
+from k2train.model.kernels.processor_library import fp32_library_of_processor
+from k2train.model.kernels.product_choice import product_of
 from k2train.parallel.collective_matmul import Product
 
 
@@ -67,7 +68,7 @@ def upcast_product(device: torch.device, dtype: torch.dtype) -> UpcastProduct:
             "kernels.matmul (upcast) is for precision bf16, "
             "and products are fp32 already: choose auto"
         )
-    return UpcastProduct(OneDnnProduct() if preferred() else Product())
+    return UpcastProduct(product_of(fp32_library_of_processor()))
 
 
 class _UpcastFlash(torch.autograd.Function):

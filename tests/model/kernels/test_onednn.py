@@ -1,24 +1,15 @@
 """oneDNN products: the same numbers, only where requested or known to be faster."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 from k2train.errors import ConfigError
 from k2train.model.kernels import onednn as kernels_onednn
-from k2train.model.kernels.onednn import OneDnnProduct, available, onednn_product, preferred
+from k2train.model.kernels.onednn import OneDnnProduct, available, onednn_product
 from k2train.model.kernels.select import DeviceTraits, choose_kernels
 from k2train.parallel.collective_matmul import Product
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def asked_anew() -> Iterator[None]:
-    preferred.cache_clear()
-    yield
-    preferred.cache_clear()
 
 
 def test_this_torch_has_it() -> None:
@@ -68,27 +59,6 @@ def test_the_op_itself_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     OneDnnProduct().multiply(torch.ones(4, 3), torch.ones(3, 2), gradient=False)
     OneDnnProduct().add_weight_gradient(torch.zeros(2, 3), torch.ones(4, 2), torch.ones(4, 3))
     assert calls == [(4, 3), (2, 4)]
-
-
-@pytest.mark.parametrize(
-    ("vendor", "dtype", "chosen"),
-    [
-        ("AuthenticAMD", torch.float32, "onednn"),
-        ("GenuineIntel", torch.float32, "torch"),
-        ("AuthenticAMD", torch.bfloat16, "torch"),
-        ("", torch.float32, "torch"),
-    ],
-)
-def test_auto_is_by_the_processor(
-    monkeypatch: pytest.MonkeyPatch, vendor: str, dtype: torch.dtype, chosen: str
-) -> None:
-    """Catches a choice by anything that changes between two starts, and MKL where it is slow."""
-    lines = [f"vendor_id\t: {vendor}"] if vendor else ["processor\t: 0"]
-    monkeypatch.setattr(kernels_onednn, "_cpu_facts", lambda: lines)
-    kernels = choose_kernels(traits=DeviceTraits(CPU, dtype))
-    assert kernels.matmul == chosen
-    assert isinstance(kernels.product, OneDnnProduct) == (chosen == "onednn")
-    assert choose_kernels(matmul="torch").product is None
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
