@@ -1,4 +1,4 @@
-"""Host memory that ranks of one machine share for their transfers on a CPU (`parallel.shared_*`).
+"""Host memory that CPU ranks of one machine share for transfers (`parallel.shared_memory`).
 
 - The transports take their sizes from here, so the plan counts what they map.
 - Two ranks of an axis are one pair. Of three or four each two are a pair. Two ranks of a pipeline

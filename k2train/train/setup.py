@@ -163,13 +163,9 @@ class Setup:
         gathered = self.config.parallel.gathered
         return gathered == "again" or (gathered == "auto" and device_type != "cpu")
 
-    def shares_memory(self, device_type: str) -> bool:
-        """Whether ranks of one machine share host memory for their transfers, where they can."""
-        return device_type == "cpu" and self.config.parallel.shared_memory != "off"
-
     def shared_bytes(self, device_type: str, ranks: Collection[int] | None = None) -> int:
         """Return host bytes that `ranks` of one machine share; None: that one rank maps at most."""
-        if not self.shares_memory(device_type):
+        if device_type != "cpu" or self.config.parallel.shared_memory == "off":
             return 0
         waits = not self.overlap(device_type)
         if ranks is None:
