@@ -1229,6 +1229,27 @@ MUTATIONS = (
         "tests/laws/test_shared_state.py::test_a_change_is_named_and_put_back",
     ),
     Mutation(
+        "plan: torch's gathers of keys and values hide behind all blocks",
+        "k2train/plan/context_traffic.py",
+        "Exchange(gathered, 1 / n)",
+        "Exchange(gathered, 1.0)",
+        "tests/plan/test_context_traffic.py::test_torch_gathers_what_was_repeated_for_all_heads",
+    ),
+    Mutation(
+        "plan: logits that every rank gathers are divided by their number",
+        "k2train/plan/program_memory.py",
+        "shape.vocab_size * WHOLE_LOGITS)",
+        "shape.vocab_size * WHOLE_LOGITS / work.tensor)",
+        "tests/plan/test_program_memory.py::test_what_a_program_keeps_besides_is_counted_once",
+    ),
+    Mutation(
+        "plan: ranks of unlike machines share memory",
+        "k2train/plan/transfer_memory.py",
+        "if not here.issuperset(group):",
+        "if here.isdisjoint(group):",
+        "tests/plan/test_transfer_memory.py::test_ranks_of_other_machines_share_nothing",
+    ),
+    Mutation(
         "plan: one computation hides two kinds of traffic",
         "k2train/plan/layer_time.py",
         "compute + beside - taken, True",

@@ -28,11 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.shared_memory import Notes, connect
+from k2train.plan.transfer_memory import CHANNEL_BLOCK_BYTES, CHANNEL_BLOCKS, CHANNEL_BYTES
 
-BLOCK_BYTES = 2**20
-"""Bytes of a block; a larger tensor takes several. It fits the second cache of a processor."""
-BLOCKS = 8
-"""Blocks of each rank: what it may have sent and the other rank has not read."""
+BLOCK_BYTES, BLOCKS = CHANNEL_BLOCK_BYTES, CHANNEL_BLOCKS
 _NOTE = struct.Struct("qqq")
 """(tag, bytes of the tensor, block): a block that is filled. Blocks of a tensor follow each other.
 """
@@ -182,8 +180,7 @@ def connect_channel(
     size: int, rank: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> SharedChannel | None:
     """Connect two ranks for sends, or return None on both; `connect` says where. Collective."""
-    memory_bytes = 2 * BLOCKS * BLOCK_BYTES
-    made = connect(size, rank, group, device, SharedChannel, memory_bytes)
+    made = connect(size, rank, group, device, SharedChannel, CHANNEL_BYTES)
     if made is not None:
         made.group = group
     return made

@@ -22,10 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.shared_memory import TwoOfGroup, connect_through, in_host_memory
-from k2train.parallel.shared_pair import MEMORY_BYTES, SharedPair
-
-SIZES = (3, 4)
-"""Numbers of ranks that share memory this way."""
+from k2train.parallel.shared_pair import SharedPair
+from k2train.plan.transfer_memory import MESH_SIZES, PAIR_BYTES
 
 
 class SharedMesh:
@@ -61,7 +59,7 @@ def connect_mesh(
     `rank` is the rank in the group. None, on all ranks alike, where not every two of them share
     memory, or their number is another.
     """
-    if size not in SIZES or group is None or not in_host_memory(group, device):
+    if size not in MESH_SIZES or group is None or not in_host_memory(group, device):
         return None
 
     pairs: dict[int, SharedPair] = {}
@@ -70,7 +68,7 @@ def connect_mesh(
         if rank in (first, second):
             other = first + second - rank
             two = TwoOfGroup(group, other, rank == first)
-            pair = connect_through(two, int(rank == second), SharedPair, MEMORY_BYTES)
+            pair = connect_through(two, int(rank == second), SharedPair, PAIR_BYTES)
             if pair is not None:
                 pairs[other] = pair
 

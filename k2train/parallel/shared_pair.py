@@ -19,13 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from k2train.parallel.shared_memory import Notes, connect
+from k2train.plan.transfer_memory import PAIR_BLOCK_BYTES, PAIR_BLOCKS, PAIR_BYTES
 
-BLOCK_BYTES = 2**20
-"""Bytes of a block; a larger tensor goes in several. It fits the second cache of a processor."""
-BLOCKS = 2
-"""Blocks of each rank. A rank that fills one again has heard, by the note of the block between,
-that the other rank has read it."""
-MEMORY_BYTES = 2 * BLOCKS * BLOCK_BYTES
+BLOCK_BYTES, BLOCKS = PAIR_BLOCK_BYTES, PAIR_BLOCKS
 _NOTE = struct.Struct("qq")
 _NAME_BYTES = 128
 
@@ -88,4 +84,4 @@ def connect_pair(
 
     Arguments as of `connect`.
     """
-    return connect(size, rank, group, device, SharedPair, MEMORY_BYTES)
+    return connect(size, rank, group, device, SharedPair, PAIR_BYTES)

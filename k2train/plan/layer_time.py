@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from k2train.plan.context_traffic import exchanges_of, merged_bytes
 from k2train.plan.efficiency import FUSED_ATTENTION, FUSED_STARTS, LOW, Constants
 from k2train.plan.hardware import Cluster
 from k2train.plan.workload import Workload
@@ -220,16 +221,17 @@ class LayerTime:
         reduced = self.tensor_traffic(reduces)
         tensor = self.hidden_behind(reduced, products, work.overlap_tensor)
 
-        key_values = 4 * work.shape.num_kv_heads * work.shape.head_dim / work.tensor * work.tokens
-        context = self.cluster.gather_seconds(
-            key_values * work.context * (2 if gathers == 2 else 1),
-            work.context,
-            work.tensor,
-            self.links,
+        backward = gathers == 2
+        exchanges = exchanges_of(work, self.cluster, self.links, backward)
+        context = sum(
+            self.hidden_behind(one.seconds, one.beside * attention, True) for one in exchanges
+        )
+        memory += self.moved(merged_bytes(work, backward)) * (
+            1.0 if work.fused else self.constants.eager
         )
         # What hides one kind of traffic is not there for another one.
-        taken = min(context, attention) + (min(reduced, products) if work.overlap_tensor else 0.0)
-        context = self.hidden_behind(context, attention, True)
+        taken = sum(min(one.seconds, one.beside * attention) for one in exchanges)
+        taken += min(reduced, products) if work.overlap_tensor else 0.0
 
         gathered = 0.0
         if work.zero == 3:

@@ -15,8 +15,22 @@
   In fp8 Transformer Engine keeps the input of each product as it was cast, one byte instead of two;
   attention's output is then there twice.
 
+    kept besides, by programs that say so (`Workload.keeps`)
+    norms       4 h (L tokens)      norms of plain operators: their result before the gain
+    gathered    4 h (T - L tokens)  norms' outputs of all tokens, and not this rank's part
+    logits      16 V (T tokens)     every rank gathers the whole vocabulary: logits of two
+                                    micro-batches in bf16, and in fp32 their softmax, its gradient
+                                    and theirs
+
+  Read off the program of Aleph Alpha's study, as published a year later
+  (github.com/Aleph-Alpha/scaling): `core/nn/norm/rms_norm.py`, the input that a linear layer saves
+  there, `transformer/model/layers/lm_head.py`, and `PIPELINE_STAGE_OUTPUT` of
+  `core/nn/parallel_module/parallel_module.py`, which stays until its buffer is used again.
+
 Alternatives considered:
 - A factor times the parameters: knows neither recomputation nor the schedule.
+- Two more tensors of that source, SiLU's output and copies of attention's: with them four runs
+  that ran would not fit. The study's release was an earlier one.
 """
 
 from __future__ import annotations
@@ -35,6 +49,9 @@ RESERVED = (1.02, 1.12)
 """What an allocator reserves for what is allocated: the least and the most, as a factor."""
 CONTEXT_BYTES = (1.0 * GIB, 3.0 * GIB)
 """What the driver, libraries and communicators take: the least and the most."""
+KEPT = ("norms", "gathered", "logits")
+WHOLE_LOGITS = 16
+"""Bytes of each logit of a program that keeps `logits`."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +186,9 @@ def layer_bytes(work: Workload, policy: str) -> float:
         drops -= 2 * h
         mlp -= f
         scores += h
-    return whole * (8 * h + drops) + split * (query_key_value + 2 * h + mlp + scores)
+    more = whole * 4 * h if "norms" in work.keeps else 0.0
+    more += (work.tokens - whole) * 4 * h if "gathered" in work.keeps else 0.0
+    return whole * (8 * h + drops) + split * (query_key_value + 2 * h + mlp + scores) + more
 
 
 def deferred_bytes(work: Workload) -> float:
@@ -195,6 +214,8 @@ def working_bytes(work: Workload, pp: int) -> float:
         # One kernel: logits and their gradient.
         kept = 4.0 if work.fused_loss else 8.0 if work.zero < 3 else 14.0
         logits = work.tokens * shape.vocab_size / work.tensor * kept
+        if "logits" in work.keeps:
+            logits = float(work.tokens * shape.vocab_size * WHOLE_LOGITS)
 
     gathered = 0.0
     if work.zero == 3:

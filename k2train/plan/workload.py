@@ -67,6 +67,10 @@ class Workload:
     """ZeRO-3's weights are views of the buffer that a gather fills (Megatron-FSDP), not copies."""
     narrow_inputs: bool = False
     """Products keep their inputs in one byte, as they were cast (Transformer Engine in fp8)."""
+    cp_exchange: str = "ring"
+    """How context-parallel ranks exchange keys and values: one of `context_traffic.KINDS`."""
+    keeps: frozenset[str] = frozenset()
+    """What the program keeps besides the published formulas: words of `program_memory.KEPT`."""
     offloaded_layers: int = 0
     """Layers whose activations are in the host's memory."""
     without_barrier: bool = False

@@ -18,9 +18,11 @@ from functools import lru_cache
 
 from k2train.errors import ConfigError, UserError
 from k2train.plan.activations import RECOMPUTE
+from k2train.plan.context_traffic import KINDS as EXCHANGES
 from k2train.plan.cost import ModelShape
 from k2train.plan.efficiency import LOW
 from k2train.plan.hardware import Cluster
+from k2train.plan.program_memory import KEPT
 from k2train.plan.workload import SCHEDULE_NAMES, Workload
 from k2train.planner.cluster_file import cluster_names, load_cluster, name_words
 
@@ -129,7 +131,7 @@ def case_of(row: Row) -> Case:
             data,
             context,
             sequence_parallel=sequence_parallel,
-            recompute=_recompute(row),
+            recompute=_one_of(row, "recompute", RECOMPUTE),
             zero=zero,
             schedule=(row.get("schedule") or "1f1b").strip(),
             precision=_precision(row),
@@ -148,6 +150,8 @@ def case_of(row: Row) -> Case:
             gathers_in_place=flag(row, "gather_in_place"),
             # Transformer Engine saves the casts of its products' inputs; torchao casts again.
             narrow_inputs=_precision(row) in LOW and "te" in name_words(words),
+            cp_exchange=_one_of(row, "cp_exchange", EXCHANGES),
+            keeps=_keeps(row),
             offloaded_layers=whole(row, "offload_layers", 0, least=0),
             # The zero-bubble papers' own program checks an update after the fact.
             without_barrier=(row.get("schedule") or "").strip() in SCHEDULE_NAMES,
@@ -240,12 +244,18 @@ def _shipped(name: str) -> Cluster:
     return load_cluster(name)
 
 
-def _recompute(row: Row) -> str:
-    """Policy of a row. Raises ConfigError for one that is not known."""
-    text = (row.get("recompute") or "none").strip().lower()
-    if text not in RECOMPUTE:
-        raise ConfigError(f"column recompute ({text}) must be one of {', '.join(RECOMPUTE)}")
+def _one_of(row: Row, key: str, known: Sequence[str]) -> str:
+    """Return a cell that is one of the words, the first for an empty one. Raises ConfigError."""
+    text = (row.get(key) or known[0]).strip().lower()
+    if text not in known:
+        raise ConfigError(f"column {key} ({text}) must be one of {', '.join(known)}")
     return text
+
+
+def _keeps(row: Row) -> frozenset[str]:
+    """Words joined by `+` of what a program keeps. Raises ConfigError for one that is not known."""
+    words = [one.strip() for one in (row.get("keeps") or "").lower().split("+") if one.strip()]
+    return frozenset(_one_of({"keeps": word}, "keeps", KEPT) for word in words)
 
 
 def _precision(row: Row) -> str:

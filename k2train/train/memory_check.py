@@ -5,6 +5,7 @@
 - What would fit if nothing else used the memory is no mistake of the config: it is exit code 1,
   after which launchers start again. The processes of the start before may not be gone yet.
 - On a CPU all ranks of a machine share its memory; on accelerators each rank has its own.
+- What ranks of a CPU share for their transfers is reserved at once, and counted once.
 
 Alternatives considered:
 - The allocator's error: after minutes of building, on one rank, under a traceback.
@@ -48,6 +49,7 @@ def check_memory(
     for limit in sorted(limits, key=lambda limit: limit.total_bytes):
         shared = limit.shared and len(ranks) > 1
         needed = sum(memory.total_bytes for memory in each) if shared else largest.total_bytes
+        needed += setup.shared_bytes(device_type, ranks) if shared else 0
         if needed > limit.free_bytes:
             problem = _problem(largest, needed, limit, len(ranks) if shared else 1)
             if needed > limit.total_bytes:

@@ -31,13 +31,14 @@ def activations_text(spec: ActivationSpec) -> str:
 
 def memory_line(setup: Setup, work: ActivationSpec, pp: int) -> str:
     """Format the memory line that a run logs when it starts."""
-    memory = setup.memory(work, pp)
+    memory, shared = setup.memory(work, pp), setup.shared_bytes(work.device)
     # The reference kernels keep more than the formulas of the plan count.
     reference = "reference" in setup.config.kernels.model_dump().values()
     return (
         f"activations per layer and micro-batch: {activations_text(work)}; planned for this rank: "
         f"{bytes_text(memory.activations_bytes)} activations, "
         f"{bytes_text(memory.total_bytes)} in total"
+        + (f", and up to {bytes_text(shared)} shared with other ranks" if shared else "")
         + (", more with the configured reference kernels" if reference else "")
     )
 
@@ -76,4 +77,16 @@ def memory_table(setup: Setup) -> list[str]:
             f"{bytes_text(m.activations_bytes)} / {bytes_text(m.total_bytes)}" for m in by_policy
         ]
         lines.append(f"  {pp:<3} " + "".join(f"{text:>25}" for text in cells))
-    return lines
+    return lines + shared_lines(setup)
+
+
+def shared_lines(setup: Setup) -> list[str]:
+    """Format the host memory that ranks share in a run on the CPUs of one machine, if any."""
+    ranks = range(setup.layout.world_size)
+    each, machine = setup.shared_bytes("cpu"), setup.shared_bytes("cpu", ranks)
+    if not each:
+        return []
+    return [
+        f"  on the CPUs of one machine: transfers in memory that two ranks share, up to "
+        f"{bytes_text(each)} of a rank, {bytes_text(machine)} in all (parallel.shared_memory)"
+    ]

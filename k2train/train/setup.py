@@ -6,6 +6,7 @@
 - Needs no torch. What depends on the device takes its type: the engine resolves axes and kernels.
 """
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -20,6 +21,7 @@ from k2train.plan.memory import RankMemory, rank_memory
 from k2train.plan.pipeline_choice import AUTO, Asked, PipelineChoice, PipelineWork, choose_pipeline
 from k2train.plan.schedule import Program, build_programs, placement_of
 from k2train.plan.sum_tree import most_sums, nodes_of
+from k2train.plan.transfer_memory import machine_bytes, rank_bytes
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -160,6 +162,15 @@ class Setup:
         """
         gathered = self.config.parallel.gathered
         return gathered == "again" or (gathered == "auto" and device_type != "cpu")
+
+    def shared_bytes(self, device_type: str, ranks: Collection[int] | None = None) -> int:
+        """Return host bytes that `ranks` of one machine share; None: that one rank maps at most."""
+        if device_type != "cpu" or self.config.parallel.shared_memory == "off":
+            return 0
+        waits = not self.overlap(device_type)
+        if ranks is None:
+            return rank_bytes(self.layout, waits)
+        return machine_bytes(self.layout, ranks, waits)
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Return the learning rate used in `step` (from 1) of this stage."""

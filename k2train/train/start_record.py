@@ -21,9 +21,9 @@ from k2train.launch.environment_defaults import environment_settings
 from k2train.parallel.agreement import Agreement
 from k2train.parallel.grid import ProcessGrid
 from k2train.parallel.messages import TEXTS
-from k2train.parallel.shared_mesh import SIZES
 from k2train.plan.connections import connections
 from k2train.plan.cost import parameters
+from k2train.plan.transfer_memory import MESH_SIZES
 from k2train.record.events import Faults, Resumed, StageTransition, Started, Starting, Takeover
 from k2train.record.system_info import environment_facts
 from k2train.retry import is_passing, reason
@@ -188,7 +188,7 @@ def _pairs(engine: Engine) -> str:
         return ""
     told = ""
     for name, axis in (("tensor", engine.tp), ("data", engine.dp)):
-        if axis.size in (2, *SIZES) and not axis.overlap:
+        if axis.size in (2, *MESH_SIZES) and not axis.overlap:
             memory = axis.pair or axis.mesh
             how = "by gloo (no shared memory)" if memory is None else "in shared memory"
             told += f"{name} transfers {how}, "

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from k2train.plan.cost import ModelShape
-from k2train.plan.program_memory import layer_bytes, program_memory, rank_memory
+from k2train.plan.program_memory import KEPT, layer_bytes, program_memory, rank_memory
 from k2train.plan.workload import Workload
 
 GPT = Workload(
@@ -111,3 +111,31 @@ def test_offloaded_layers_are_not_on_the_device() -> None:
     here, there = (rank_memory(one, 0) for one in (work, replace(work, offloaded_layers=3)))
     assert there.activations == pytest.approx(here.activations / 4, abs=4)
     assert there.working == here.working
+
+
+def test_what_a_program_keeps_besides_is_counted_once() -> None:
+    """Catches copies that other programs keep as well, a norm's copy of all tokens under sequence
+    parallelism, and logits that are divided by the tensor-parallel ranks.
+    """
+    work = Workload(
+        ModelShape(4, 512, 2048, 8, 8, 32000), 256, 2, 16, tensor=4, data=8, sequence_parallel=True
+    )
+    tokens, h = 512, 512
+
+    def layer(*words: str) -> float:
+        return layer_bytes(replace(work, keeps=frozenset(words)), "none")
+
+    assert layer("norms") - layer() == 4 * h * tokens / 4
+    assert layer("gathered") - layer() == 4 * h * tokens * 3 / 4
+    assert layer("logits") == layer()
+    assert layer("norms", "gathered") - layer() == 4 * h * tokens
+    whole = replace(work, sequence_parallel=False, keeps=frozenset({"gathered"}))
+    assert layer_bytes(whole, "none") == layer_bytes(replace(whole, keeps=frozenset()), "none")
+    assert layer_bytes(replace(work, keeps=frozenset(KEPT)), "full") == layer_bytes(work, "full")
+
+    gathered = rank_memory(replace(work, keeps=frozenset({"logits"})), 0)
+    assert gathered.working == 16 * 32000 * tokens
+    assert rank_memory(work, 0).working == 8 * 32000 * tokens / 4
+    # Only the last pipeline rank has them.
+    first = replace(work, pipeline=2, keeps=frozenset({"logits"}))
+    assert rank_memory(first, 0).working == rank_memory(replace(work, pipeline=2), 0).working

@@ -74,6 +74,26 @@ def test_what_a_program_keeps_is_read() -> None:
         case_of({**ROW, "grad_dtype": "int8"})
 
 
+def test_an_exchange_of_context_parallel_ranks_is_read() -> None:
+    """Catches torch's exchange taken for a ring, and a word for it that is passed over."""
+    row = {**ROW, "cp": "2", "dp": "2"}
+    assert case_of(row).work.cp_exchange == case_of({**row, "cp_exchange": ""}).work.cp_exchange
+    assert case_of({**row, "cp_exchange": "torch"}).work.cp_exchange == "torch"
+    assert case_of(row).work.cp_exchange == "ring"
+    with pytest.raises(ConfigError, match=r"column cp_exchange \(p2p\) must be one of ring, torch"):
+        case_of({**row, "cp_exchange": "p2p"})
+
+
+def test_copies_that_a_program_keeps_are_read() -> None:
+    """Catches a word that is passed over, and copies of a program that says nothing of them."""
+    assert case_of({**ROW, "keeps": "Norms + logits"}).work.keeps == {"norms", "logits"}
+    assert case_of({**ROW, "keeps": ""}).work.keeps == case_of(ROW).work.keeps == frozenset()
+    with pytest.raises(
+        ConfigError, match=r"keeps \(logit\) must be one of norms, gathered, logits"
+    ):
+        case_of({**ROW, "keeps": "norms+logit"})
+
+
 def test_empty_cells_mean_what_programs_did() -> None:
     """Catches an empty cell taken as zero."""
     row = {**ROW, "dp": "", "cp": "", "vpp": "", "kv_heads": "", "attn": "", "overlap": ""}

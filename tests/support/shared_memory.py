@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -54,3 +55,13 @@ def files_left_open(connect: Callable[[], object], times: int) -> int:
 def open_files() -> int:
     """Number of files that this process has open."""
     return len(os.listdir("/proc/self/fd"))
+
+
+def shared_memory_bytes() -> int:
+    """Bytes of the memories that this process maps and shares with other ranks."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        if line.endswith("/memfd:k2train (deleted)"):
+            begin, end = (int(one, 16) for one in line.split()[0].split("-"))
+            total += end - begin
+    return total

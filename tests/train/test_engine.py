@@ -25,6 +25,7 @@ from k2train.train.axes import axes_of
 from k2train.train.setup import Setup
 from tests.support.gloo_pool import GlooPool
 from tests.support.kept_memory import Made, known_of
+from tests.support.shared_memory import shared_memory_bytes
 from tests.support.tiny_model import (
     assemble,
     engine_of,
@@ -339,13 +340,16 @@ def test_the_axes_communicate_as_asked(device: str, setting: str) -> None:
     assert (tp.symmetric, dp.regather, dp.symmetric) == (setting == "on", False, False)
 
 
-def shared_job(launch: Launch, config: Any) -> tuple[set[str], dict[str, Any]]:
-    """Axes that have shared memory, and what steps with them give."""
+def shared_job(launch: Launch, config: Any) -> tuple[set[str], int, dict[str, Any]]:
+    """Axes that have shared memory, how many bytes of it, and what steps with them give."""
+    gc.collect()
+    before = shared_memory_bytes()
     engine = engine_of(config, grid_of(launch, config))
     axes = {"tensor": engine.tp, "data": engine.dp, "pipeline": engine.executor.pp}
     shared = {name for name, axis in axes.items() if axis.pair or axis.mesh or axis.channel}
+    mapped = shared_memory_bytes() - before
     del engine
-    return shared, train_job(launch, config, STEPS)
+    return shared, mapped, train_job(launch, config, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,7 @@ def test_shared_memory_changes_no_bit(
     pool: GlooPool, world: int, axes: dict[str, Any], precision: str, sharing: set[str]
 ) -> None:
     """Catches a transport that rounds, adds, or orders otherwise than gloo's, and one that is not
-    used where it is asked for, or used where it is not.
+    used where it is asked for, or used where it is not. And a plan of other bytes than are mapped.
     """
     changes = {f"parallel__{key}": value for key, value in axes.items()}
     ours, by_gloo = (
@@ -375,14 +379,18 @@ def test_shared_memory_changes_no_bit(
         )
         for setting in ("auto", "off")
     )
-    for (shared, one), (none, other) in zip(ours, by_gloo, strict=True):
+    planned = Setup.of(tiny_config(precision=precision, **changes), world)
+    for (shared, mapped, one), (none, nothing, other) in zip(ours, by_gloo, strict=True):
         assert (shared, none) == (sharing, set())
+        assert (mapped, nothing) == (planned.shared_bytes("cpu"), 0)
         assert one["results"] == other["results"]
         for name, (box, values) in one["weights"].items():
             assert (box, values.tobytes()) == (
                 other["weights"][name][0],
                 other["weights"][name][1].tobytes(),
             ), name
+    # Two ranks map each memory.
+    assert sum(mapped for _, mapped, _ in ours) == 2 * planned.shared_bytes("cpu", range(world))
 
 
 @pytest.mark.parametrize("connected", (True, False))

@@ -34,13 +34,13 @@ def test_all_ranks_of_a_machine_share_its_memory() -> None:
     """Catches a check of one rank alone: four of them fill the machine."""
     setup = setup_of()
     one = planned(setup)
-    check_memory(setup, range(WORLD), "cpu", [FreeMemory(4 * one, 4 * one, "here", True)])
+    # Each two of them also share 4 MiB.
+    needed = 4 * one + 6 * 4 * 2**20
+    check_memory(setup, range(WORLD), "cpu", [FreeMemory(needed, needed, "here", True)])
     check_memory(setup, [0], "cpu", [FreeMemory(one, one, "here", True)])
     check_memory(setup, range(WORLD), "cpu", [FreeMemory(one, one, "here", False)])
     with pytest.raises(RunError, match=r"4 processes of a machine need at least .* are here; of"):
-        check_memory(
-            setup, range(WORLD), "cpu", [FreeMemory(4 * one - 1, 4 * one - 1, "here", True)]
-        )
+        check_memory(setup, range(WORLD), "cpu", [FreeMemory(needed - 1, needed - 1, "here", True)])
     with pytest.raises(RunError, match="a process needs at least"):
         check_memory(setup, range(WORLD), "cpu", [FreeMemory(one - 1, one - 1, "here", False)])
 

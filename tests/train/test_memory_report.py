@@ -84,3 +84,28 @@ def test_what_is_left_to_the_device(
 def test_the_policies_in_words() -> None:
     """Catches a unit that is a thousand times off."""
     assert activations_text(planned().work()).startswith("257.26 MiB (recompute none; selective")
+
+
+def test_memory_that_ranks_share_is_told_where_they_share_it() -> None:
+    """Catches a plan of a CPU run without the memory of its transfers, and one of an accelerator,
+    of other ranks, or of a run by gloo with it.
+    """
+    demo = str(K2.parents[1] / "demo/stage1.yaml")
+
+    def setup_of(*overrides: str) -> Setup:
+        layout = ("parallel.tensor=2", "parallel.pipeline=2")
+        return Setup.of(load_config(demo, (*layout, *overrides)), 4)
+
+    setup = setup_of()
+    assert memory_line(setup, setup.work("cpu"), 1).endswith(
+        " in total, and up to 20.00 MiB shared with other ranks"
+    )
+    assert "shared" not in memory_line(setup, setup.work(), 1)
+    told = "up to 20.00 MiB of a rank, 40.00 MiB in all (parallel.shared_memory)"
+    assert memory_table(setup)[-1].endswith(told)
+    off, alone = setup_of("parallel.shared_memory=off"), Setup.of(load_config(demo), 1)
+    for other in (off, alone, planned()):
+        assert "shared" not in memory_line(other, other.work("cpu"), 0)
+        assert not any("share" in line for line in memory_table(other))
+    overlapped = setup_of("parallel.overlap=on")
+    assert overlapped.shared_bytes("cpu") == 16 * 2**20
