@@ -356,6 +356,27 @@ MUTATIONS = (
         "tests/parallel/test_shared_mesh.py::test_the_bits_are_those_of_gloo[4]",
     ),
     Mutation(
+        "shared memory: each of three ranks waits for the next one",
+        "k2train/parallel/shared_mesh.py",
+        "(turn - rank) % size",
+        "(turn + rank) % size",
+        "tests/parallel/test_shared_mesh.py::test_no_rank_waits_in_a_circle[3]",
+    ),
+    Mutation(
+        "shared memory: a rank that is there and silent is waited for without end",
+        "k2train/parallel/shared_memory.py",
+        "(socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)",
+        "(socket.SO_SNDTIMEO,)",
+        "tests/parallel/test_shared_pair.py::test_notes_have_a_limit_in_both_directions",
+    ),
+    Mutation(
+        "kernels: the record does not say which code was compiled",
+        "k2train/model/kernels/select.py",
+        'versions += [f"compiled code {COMPILED_VERSION}"] if compiled else []',
+        "",
+        "tests/model/kernels/test_formulas.py::test_the_record_says_which_code_was_compiled",
+    ),
+    Mutation(
         "backward of scatter_out takes its own part for all of it",
         "k2train/parallel/collectives.py",
         "return all_gather(grad, ctx.axis), None",

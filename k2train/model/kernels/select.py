@@ -48,7 +48,12 @@ from k2train.model.kernels.elementwise import (
     reference_swiglu,
     torch_norm,
 )
-from k2train.model.kernels.formulas import FUSED, Formulas, compiled_formulas
+from k2train.model.kernels.formulas import (
+    COMPILED_VERSION,
+    FUSED,
+    Formulas,
+    compiled_formulas,
+)
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
 from k2train.model.kernels.onednn import preferred as onednn_preferred
@@ -136,7 +141,7 @@ class Kernels:
     choice: Choice | None = None
     """Libraries of the products by their shapes, where they were measured."""
     versions: tuple[str, ...] = ()
-    """Versions of the optional packages in use."""
+    """Versions of the optional packages and of the compiled code in use."""
 
     def recompute_of(self, num_layers: int) -> list[str]:
         """Return the recompute policy of each layer of a stage with `num_layers`."""
@@ -213,6 +218,7 @@ def choose_kernels(
     versions = package_versions(attention_name, norm_name, matmul)
     names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
     versions += triton_version(names, traits.device.type)
+    versions += [f"compiled code {COMPILED_VERSION}"] if compiled else []
     split, swiglu = choose_elementwise(elementwise, compiled)
     chosen = Kernels(
         attention_name=attention_name,
