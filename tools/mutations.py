@@ -372,8 +372,8 @@ MUTATIONS = (
     Mutation(
         "kernels: the record does not say which code was compiled",
         "k2train/model/kernels/select.py",
-        'versions += [f"compiled code {COMPILED_VERSION}"] if compiled else []',
-        "",
+        '[f"compiled code {COMPILED_VERSION}"] if compiled and on_cpu else []',
+        "[]",
         "tests/model/kernels/test_formulas.py::test_the_record_says_which_code_was_compiled",
     ),
     Mutation(

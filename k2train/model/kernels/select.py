@@ -215,10 +215,11 @@ def choose_kernels(
     loss = pick("loss", loss, ("fused", "triton", "reference"), "fused")
     optimizer = pick("optimizer", optimizer, ("fused", "triton", "reference"), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
-    versions = package_versions(attention_name, norm_name, matmul)
+    on_cpu = traits.device.type == "cpu"
+    versions = [f"compiled code {COMPILED_VERSION}"] if compiled and on_cpu else []
+    versions += package_versions(attention_name, norm_name, matmul)
     names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
     versions += triton_version(names, traits.device.type)
-    versions += [f"compiled code {COMPILED_VERSION}"] if compiled else []
     split, swiglu = choose_elementwise(elementwise, compiled)
     chosen = Kernels(
         attention_name=attention_name,
