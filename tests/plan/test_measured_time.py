@@ -62,7 +62,7 @@ def test_a_tensor_parallel_layer_pays_its_collectives() -> None:
 
 
 def test_layouts_of_a_step() -> None:
-    """Catches a step without its optimizer, gradients copied for nothing or at half their bytes, and
+    """Catches a step without its optimizer, gradients whose copy is free or half as large, and
     crowded cores that are free."""
     one = step_time(WORK, CPU)
     assert sum(one.terms.values()) == pytest.approx(one.seconds)

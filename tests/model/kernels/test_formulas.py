@@ -125,6 +125,9 @@ def test_compile_on_compiles_every_formula(monkeypatch: pytest.MonkeyPatch) -> N
     assert found == {name: ("compiled", f"written_{name}") for name in found}
     assert select.choose_kernels(compile="off").formulas is FUSED
     assert select.choose_kernels(compile="on", norm="torch").formulas is None
+    gpu = select.DeviceTraits(torch.device("cuda"), torch.bfloat16)
+    for compiled in (True, False):
+        assert select.choose_formulas("fused", "fused", compiled, gpu) is None
 
 
 def compiled_code() -> str:
