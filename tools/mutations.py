@@ -230,6 +230,27 @@ MUTATIONS = (
         "tests/planner/test_ranking.py::test_only_layouts_of_one_model_and_machine_are_compared",
     ),
     Mutation(
+        "plan: where some layers recompute, all gather and sum again",
+        "k2train/plan/traffic.py",
+        'policies.count("full")',
+        '(len(policies) if "full" in policies else 0)',
+        "tests/train/test_dry_run.py::test_traffic_is_as_planned[2-changes6]",
+    ),
+    Mutation(
+        "plan: sums of gradients are written and not read",
+        "k2train/plan/layer_time.py",
+        "summed = 2 * self.work.gradient_bytes - 2",
+        "summed = self.work.gradient_bytes - 2",
+        "tests/plan/test_layer_time.py::test_sums_of_gradients_are_read_and_written",
+    ),
+    Mutation(
+        "plan: gradients on their way into a transfer are copied at half their bytes",
+        "k2train/plan/measured_time.py",
+        "size = 2 * 4 * count / self.element",
+        "size = 4 * count / self.element",
+        "tests/plan/test_measured_time.py::test_layouts_of_a_step",
+    ),
+    Mutation(
         "plan: selective recomputation computes other products again",
         "k2train/plan/workload.py",
         "self.products_by_operator[1::2]",
@@ -368,6 +389,13 @@ MUTATIONS = (
         "(socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)",
         "(socket.SO_SNDTIMEO,)",
         "tests/parallel/test_shared_pair.py::test_notes_have_a_limit_in_both_directions",
+    ),
+    Mutation(
+        "a layer as one function attends across the borders at which it should stop",
+        "k2train/model/transformer.py",
+        "self.formulas is not None and documents is None and",
+        "self.formulas is not None and",
+        "tests/model/test_layer_function.py::test_a_layer_with_documents_runs_part_by_part",
     ),
     Mutation(
         "kernels: the record does not say which code was compiled",
