@@ -400,7 +400,7 @@ MUTATIONS = (
     Mutation(
         "kernels: the record does not say which code was compiled",
         "k2train/model/kernels/select.py",
-        '[f"compiled code {COMPILED_VERSION}"] if compiled and on_cpu else []',
+        '[f"compiled code {COMPILED_VERSION}"] if on_cpu else []',
         "[]",
         "tests/model/kernels/test_formulas.py::test_the_record_says_which_code_was_compiled",
     ),

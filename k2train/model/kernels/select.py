@@ -48,12 +48,7 @@ from k2train.model.kernels.elementwise import (
     reference_swiglu,
     torch_norm,
 )
-from k2train.model.kernels.formulas import (
-    COMPILED_VERSION,
-    FUSED,
-    Formulas,
-    compiled_formulas,
-)
+from k2train.model.kernels.formulas import COMPILED_VERSION, FUSED, Formulas, compiled_formulas
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
 from k2train.model.kernels.onednn import preferred as onednn_preferred
@@ -215,9 +210,7 @@ def choose_kernels(
     loss = pick("loss", loss, ("fused", "triton", "reference"), "fused")
     optimizer = pick("optimizer", optimizer, ("fused", "triton", "reference"), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
-    on_cpu = traits.device.type == "cpu"
-    versions = [f"compiled code {COMPILED_VERSION}"] if compiled and on_cpu else []
-    versions += package_versions(attention_name, norm_name, matmul)
+    versions = code_versions(attention_name, norm_name, matmul, compiled, traits)
     names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
     versions += triton_version(names, traits.device.type)
     split, swiglu = choose_elementwise(elementwise, compiled)
@@ -250,12 +243,16 @@ def choose_kernels(
     return chosen
 
 
-def package_versions(attention: str, norm: str, matmul: str) -> list[str]:
-    """Name and version of the optional packages and libraries of these kernels."""
+def code_versions(
+    attention: str, norm: str, matmul: str, compiled: bool, traits: DeviceTraits
+) -> list[str]:
+    """Name and version of the optional packages, libraries and compiled code of these kernels."""
     used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
     library = [str(find_openblas())] if matmul == "openblas" else []
-    return library + [f"{name} {version_of(name)}" for name in packages]
+    on_cpu = compiled and traits.device.type == "cpu"
+    code = [f"compiled code {COMPILED_VERSION}"] if on_cpu else []
+    return code + library + [f"{name} {version_of(name)}" for name in packages]
 
 
 def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:
