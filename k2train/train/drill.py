@@ -279,7 +279,8 @@ class ResumeDrill:
         if problem:
             raise ResumeError(f"resume drill of {problem}")
         self._due = self._due and comparison.rounding is not None
-        how = "to the bit" if comparison.rounding is None else "within rounding"
+        why = "; ".join(changed) or "kernels that are not deterministic"
+        how = "to the bit" if comparison.rounding is None else f"within rounding ({why})"
         after = f"{recorded.checkpoint}, loaded again" if reloaded else recorded.checkpoint
         steps = "step" if comparison.done == 1 else f"{comparison.done} steps"
         self.logger.info(f"resume drill: the first {steps} after {after}: as recorded, {how}")

@@ -76,13 +76,24 @@ def half_recorded(entries: Sequence[Entry], step: int) -> CheckpointFollowed | N
 
 
 def changed_facts(before: dict[str, str], now: dict[str, str]) -> tuple[str, ...]:
-    """Say which facts of a setting are others: `tensor 2 -> 1`."""
+    """Say which facts of a setting are others: `tensor 2 -> 1`; of a list, which of its parts."""
     keys = dict.fromkeys((*before, *now))
     return tuple(
-        f"{key} {before.get(key, 'unknown')} -> {now.get(key, 'unknown')}"
+        " -> ".join(_apart(key, before.get(key, "unknown"), now.get(key, "unknown")))
         for key in keys
         if before.get(key) != now.get(key)
     )
+
+
+def _apart(key: str, before: str, now: str) -> tuple[str, str]:
+    """Return both sides of a change; of the kernels' line only what the other side has not."""
+    if key == "kernels":
+        was, found = before.split(", "), now.split(", ")
+        gone = [part for part in was if part not in found]
+        new = [part for part in found if part not in was]
+        if gone or new:
+            before, now = (", ".join(parts) or "nothing" for parts in (gone, new))
+    return f"{key} {before}", now
 
 
 def comparable_steps(recorded: Recorded, setting: Mapping[str, str], config: str) -> int:

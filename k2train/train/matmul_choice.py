@@ -161,6 +161,7 @@ def read_record(
     """Read the newest library of each product on a machine, among those that all ranks have."""
     found: dict[ProductShape, str] = {}
     notes = dict[str, None]()
+    missing: dict[ProductShape, str] = {}
     others = dict[Machine, None]()
     for event in events:
         theirs = Machine(event.processor, event.threads, event.default)
@@ -172,10 +173,14 @@ def read_record(
             if shape is None or name not in LIBRARIES:
                 notes[f"the ledger has {name!r:.40} for {text!r:.60}: measured anew"] = None
             elif name not in libraries:
-                notes[f"the ledger has {name}, which is not available here: measured anew"] = None
+                missing[shape] = name
                 found.pop(shape, None)
             else:
+                # Also measured anew, at an earlier start.
+                missing.pop(shape, None)
                 found[shape] = name
+    for name in missing.values():
+        notes[f"the ledger has {name}, which is not available here: measured anew"] = None
     if others and not found:
         notes[f"measured on {[*others][-1]}; this is {machine}: measured anew"] = None
     return Record(found, tuple(notes))

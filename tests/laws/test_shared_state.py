@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import left_behind
+from tests.support import large_values, left_behind
 from tests.support.left_behind import State
 
 CHANGES: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
@@ -94,7 +94,22 @@ def test_large_values_that_differ_are_told_in_a_line(
     left: Any, right: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a comparison by pytest of some megabytes line by line, which takes an hour."""
+    assert large_values.difference(left, right), "pytest would compare them itself, for an hour"
     monkeypatch.setenv("CI", "true")
     with pytest.raises(AssertionError, match=r"two large \w+s differ\n.*at character \d+ of") as e:
         assert left == right
     assert len(str(e.value)) < 1000
+
+
+def test_small_values_are_left_to_pytest() -> None:
+    """Catches a threshold that hides the differences of what can be read, and one that leaves
+    large values to pytest, also where only one of the two is large.
+    """
+    # As written, with two quotes.
+    most = "a" * (large_values.SHORT - 2)
+    assert large_values.difference(most, "b") is None
+    assert large_values.difference("b", most) is None
+    for left, right in ((most + "a", "b"), ("b", most + "a"), ([most], ["b"])):
+        assert large_values.difference(left, right), (len(left), len(right))
+    assert large_values.difference(most + "a", [most]) is None, "of two types"
+    assert 1_000 < large_values.SHORT < 100_000

@@ -10,8 +10,9 @@ from torch import nn
 from k2train.launch.environment import Launch
 from k2train.model.architecture import Architecture
 from k2train.model.kernels import elementwise
+from k2train.model.kernels.documents import Documents
 from k2train.model.kernels.formulas import FUSED
-from k2train.model.kernels.select import choose_kernels
+from k2train.model.kernels.select import DeviceTraits, choose_kernels
 from k2train.model.layers import Rotary
 from k2train.model.transformer import Block
 from k2train.parallel.grad_accumulation import (
@@ -233,6 +234,24 @@ def test_the_gradients_are_those_of_torch_in_float64(
         accumulator = accumulator_of(weight)
         assert accumulator is not None and weight.grad is None
         torch.testing.assert_close(accumulator.total, sums[name], rtol=1e-9, atol=1e-9)
+
+
+def test_a_layer_with_documents_runs_part_by_part() -> None:
+    """Catches a layer that runs as one function, and attends across borders at which it stops."""
+    a, cpu = Architecture(1, 12, 20, 3, 3, 11, 1e-5, 1e4, 0.3), torch.device("cpu")
+    stops = choose_kernels(attention="plain", traits=DeviceTraits(cpu, block=True))
+    assert Block(0, a, SINGLE["tp"], stops).formulas is None
+
+    # Kernels that know no documents refuse them, as one function or part by part.
+    block = Block(0, a, SINGLE["tp"], choose_kernels(attention="plain"))
+    for weight in block.parameters():
+        nn.init.normal_(weight, std=0.5)
+        attach(weight, GradAccumulator(torch.zeros_like(weight)))
+    rotary, x = Rotary(4, 6, 1e4, cpu), torch.randn(6, 1, 12, requires_grad=True)
+    assert type(block(x, rotary).grad_fn).__name__ == "_LayerBackward"
+    borders = Documents(torch.tensor([[0, 0, 0, 1, 1, 1]], dtype=torch.int32))
+    with pytest.raises(AssertionError, match="documents are packed before this kernel"):
+        block(x, rotary, borders)
 
 
 def midway_job(launch: Launch, config: Any, as_one: bool) -> int:

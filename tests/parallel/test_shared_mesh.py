@@ -1,5 +1,7 @@
 """Gathers and scatters of three and four ranks through shared memory: gloo's bits, or gloo."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from k2train.parallel import shared_memory
 from k2train.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from k2train.parallel.grid import Axis
 from k2train.parallel.param_gather import gather_shards
+from k2train.parallel.shared_mesh import SIZES as SIZES_OF_A_MESH
 from k2train.parallel.shared_mesh import SharedMesh, connect_mesh
 from tests.support.gloo_pool import GlooPool
 from tests.support.shared_memory import (
@@ -19,7 +22,11 @@ from tests.support.shared_memory import (
     files_left_open,
     open_files,
     refused,
+    silent_after,
 )
+
+STUCK_SECONDS = 20
+"""Longest wait for another rank in these tests, where all ranks exchange at the same time."""
 
 
 def mesh_of(launch: Launch) -> SharedMesh | None:
@@ -52,7 +59,42 @@ def results(axis: Axis, dtype: torch.dtype, size: int) -> list[Tensor]:
 def same_bits_job(launch: Launch) -> list[str]:
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
     # Those of several blocks are the pairs' own test.
-    return differences(results, axis_of(launch), dtypes, SIZES[:-1])
+    with silent_after(STUCK_SECONDS):
+        return differences(results, axis_of(launch), dtypes, SIZES[:-1])
+
+
+def partners_of(size: int, rank: int) -> list[int]:
+    """Ranks that one exchanges with, in its order."""
+    found: list[int] = []
+
+    class Pair:
+        def __init__(self, other: int):
+            self.other = other
+
+        def exchange(self, *given: object) -> None:
+            found.append(self.other)
+
+    pairs: Any = {other: Pair(other) for other in range(size) if other != rank}
+    blocks = torch.zeros(size, 1)
+    SharedMesh(pairs, rank).swap(blocks, blocks, "all-gather")
+    return found
+
+
+@pytest.mark.parametrize("size", SIZES_OF_A_MESH)
+def test_no_rank_waits_in_a_circle(size: int) -> None:
+    """Catches an order of partners in which each waits for one that waits for another.
+
+    Two ranks exchange when each is the other's next partner.
+    """
+    left = {rank: partners_of(size, rank) for rank in range(size)}
+    for rank, partners in left.items():
+        assert sorted([rank, *partners]) == list(range(size))
+    while any(left.values()):
+        heads = [(rank, partners[0]) for rank, partners in left.items() if partners]
+        ready = [rank for rank, other in heads if left[other][:1] == [rank]]
+        assert ready, f"every rank waits: {heads}"
+        for rank in ready:
+            left[rank].pop(0)
 
 
 @pytest.mark.parametrize("world", (3, 4))
@@ -99,7 +141,8 @@ def test_where_one_cannot_all_keep_gloo(pool: GlooPool) -> None:
 
 
 def gone_job(launch: Launch) -> str:
-    axis = axis_of(launch)
+    with silent_after(STUCK_SECONDS):
+        axis = axis_of(launch)
     if launch.rank == 1:
         del axis
         return "gone"

@@ -4,6 +4,7 @@ The reference is gloo, which we did not write: every result must have its bits.
 """
 
 import socket
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,16 @@ from k2train.parallel.grid import Axis
 from k2train.parallel.param_gather import gather_shards
 from k2train.parallel.shared_pair import BLOCK_BYTES, SharedPair, connect_pair
 from tests.support.gloo_pool import GlooPool
-from tests.support.shared_memory import CPU, differences, files_left_open, open_files, refused
+from tests.support.shared_memory import (
+    CPU,
+    differences,
+    files_left_open,
+    open_files,
+    refused,
+    silent_after,
+)
+
+SILENT = "shared memory: nothing from the other rank for 1 s"
 
 
 def axis_of(launch: Launch) -> Axis:
@@ -162,22 +172,40 @@ def test_a_rank_that_is_gone_ends_the_wait(pool: GlooPool) -> None:
     assert told.startswith("shared memory: connection ")
 
 
+def test_notes_have_a_limit_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a read or a write that waits without end for a rank that is there and does nothing.
+
+    The limits are looked at first: without them this test would wait as long.
+    """
+    monkeypatch.setattr(shared_memory, "SILENT_SECONDS", 1)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        notes = shared_memory.Notes(ours, 8)
+        limit = struct.pack("ll", 1, 0)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            assert ours.getsockopt(socket.SOL_SOCKET, option, len(limit)) == limit
+
+        def fill() -> None:
+            while True:
+                notes.tell(bytes(8))
+
+        assert refused(notes.hear) == SILENT
+        assert refused(fill) == SILENT
+
+
 def silent_job(launch: Launch) -> str:
-    kept, shared_memory.SILENT_SECONDS = shared_memory.SILENT_SECONDS, 1
     told = "slept"
-    try:
+    with silent_after(1):
         pair = connected(launch)
         if launch.rank == 0:
             told = refused(lambda: pair.exchange(torch.zeros(4), lambda part, theirs: None))
-    finally:
-        shared_memory.SILENT_SECONDS = kept
     dist.barrier()
     return told
 
 
 def test_a_silent_rank_is_not_waited_for_without_end(pool: GlooPool) -> None:
     """Catches a read without a limit."""
-    assert pool.run(2, silent_job)[0] == "shared memory: nothing from the other rank for 1 s"
+    assert pool.run(2, silent_job, timeout_seconds=60)[0] == SILENT
 
 
 BROKEN: dict[str, tuple[int, Any, str]] = {

@@ -39,6 +39,16 @@ def test_products_of_a_forward_have_the_models_flops() -> None:
         assert flops == pytest.approx(2 * work.layer_matrices * work.tokens)
 
 
+def test_sums_of_gradients_are_read_and_written() -> None:
+    """Catches sums whose bytes count once: a product adds to what is there."""
+    narrow, wide = (
+        layer(replace(WORK, gradient_bytes=size), memory=0.5).weight_backward().seconds
+        for size in (2, 4)
+    )
+    moved = (wide - narrow) * 0.5 * DEVICE.memory_bytes_per_second
+    assert moved == pytest.approx(2 * (4 - 2) * WORK.layer_matrices)
+
+
 def test_tensor_parallelism_costs_two_all_reduces_a_pass() -> None:
     """Catches traffic forgotten in the backward, or counted for each matrix."""
     time = layer(replace(WORK, tensor=8), inner_link=1.0)

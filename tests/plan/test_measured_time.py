@@ -62,7 +62,8 @@ def test_a_tensor_parallel_layer_pays_its_collectives() -> None:
 
 
 def test_layouts_of_a_step() -> None:
-    """Catches a step without its optimizer, and crowded cores that are free."""
+    """Catches a step without its optimizer, gradients whose copy is free or half as large, and
+    crowded cores that are free."""
     one = step_time(WORK, CPU)
     assert sum(one.terms.values()) == pytest.approx(one.seconds)
     count = WORK.rank_parameters(0)
@@ -72,6 +73,9 @@ def test_layouts_of_a_step() -> None:
     halves = step_time(replace(WORK, data=2), CPU)
     # Half of the update, and gradients and weights on their way.
     assert halves.terms["data traffic"] == pytest.approx(2 * (5e-5 + 4 * count * 1e-9))
+    # The fp32 sums are copied into the transfer, twice their bytes, while the other rank does so.
+    copied = 0.8 * 1.5 * (1e-5 + 4e-10 * 2 * count)
+    assert halves.terms["optimizer"] == pytest.approx(1e-9 * count / 2 + copied)
     pipeline = replace(WORK, pipeline=2)
     assert step_time(pipeline, CPU).bubble > 0.1
     for crowded in (replace(WORK, data=4), replace(pipeline, tensor=2, data=2)):

@@ -1,13 +1,15 @@
 """What tests of the transports in shared memory have in common."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from k2train.parallel import shared_memory
 from k2train.parallel.grid import Axis
 from k2train.parallel.shared_pair import BLOCK_BYTES
 
@@ -23,6 +25,16 @@ def refused(action: Callable[[], object]) -> str:
     except RuntimeError as error:
         return str(error)
     return "done"
+
+
+@contextmanager
+def silent_after(seconds: int) -> Iterator[None]:
+    """Connections of this process, made meanwhile, wait for a note no longer than that."""
+    kept, shared_memory.SILENT_SECONDS = shared_memory.SILENT_SECONDS, seconds
+    try:
+        yield
+    finally:
+        shared_memory.SILENT_SECONDS = kept
 
 
 def differences(

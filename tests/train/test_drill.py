@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from k2train.record.events import Stopped, of_kind
 from k2train.record.followed_events import CheckpointFollowed, ResumeDrilled
 from k2train.record.ledger import read_ledger
 from k2train.train.drill import ResumeDrill
+from k2train.train.followed import Comparison, Recorded
+from k2train.train.rounding import Rounding
 from k2train.train.trainer import Trainer
 from tests.support.gloo_pool import GlooPool
 from tests.support.tiny_corpus import config_tree, make_corpus, nothing, trainer_job
@@ -158,3 +161,20 @@ def test_a_stop_right_after_a_save_is_drilled_by_an_older_checkpoint(
     assert pool.run(2, trainer_job, go_on) == [0, 0]
     last = [drill for drill in drills(run) if "tensor 1 -> 2" in drill.changed]
     assert [(drill.checkpoint, drill.same) for drill in last] == [("ckpt_002", True)]
+
+
+def test_the_line_says_why_bits_are_not_compared() -> None:
+    """Catches a resume with other compiled code, or another layout, that keeps it to itself."""
+    lines: list[str] = []
+    logger = SimpleNamespace(attempt=2, event=lambda event: None, info=lines.append)
+    judging: Any = SimpleNamespace(logger=logger, setting={}, _due=True)
+    recorded = Recorded("ckpt_001", "a" * 64, {}, "config", ())
+    changed = ("kernels nothing -> compiled code 2",)
+    for rounding, facts in ((Rounding("fp32"), changed), (Rounding("fp32"), ()), (None, ())):
+        ResumeDrill._judge(judging, Comparison(recorded, rounding, done=2), facts, False)
+    how = [line.removeprefix("resume drill: the first 2 steps after ckpt_001: ") for line in lines]
+    assert how == [
+        "as recorded, within rounding (kernels nothing -> compiled code 2)",
+        "as recorded, within rounding (kernels that are not deterministic)",
+        "as recorded, to the bit",
+    ]

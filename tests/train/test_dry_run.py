@@ -186,6 +186,15 @@ TRAFFIC = (
             "parallel__bucket_bytes": 2 * 10**6,
         },
     ),
+    (
+        2,
+        {
+            "parallel__tensor": 2,
+            "parallel__gathered": "again",
+            "kernels__recompute": "full",
+            "kernels__recompute_layers": 1,
+        },
+    ),
 )
 
 

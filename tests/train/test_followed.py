@@ -13,6 +13,7 @@ from k2train.train.followed import (
     Comparison,
     FollowedRecord,
     Recorded,
+    changed_facts,
     comparable_steps,
     drill_is_due,
     half_recorded,
@@ -269,6 +270,22 @@ def drilled(**changes: object) -> ResumeDrilled:
         same=True,
     )
     return replace(event, **changes)
+
+
+def test_a_change_of_the_setting_is_short() -> None:
+    """Catches two kernels lines of 300 characters each, in which one number differs, and a change
+    that is told as none.
+    """
+    before = {"tensor": "2", "kernels": "norm fused, compile on", "threads": "1"}
+    for after, told in (
+        ("norm fused, compile on, compiled code 2", "nothing -> compiled code 2"),
+        ("norm torch, compile on", "norm fused -> norm torch"),
+        ("norm fused", "compile on -> nothing"),
+        ("compile on, norm fused", "norm fused, compile on -> compile on, norm fused"),
+    ):
+        now = {**before, "tensor": "1", "kernels": after}
+        assert changed_facts(before, now) == ("tensor 2 -> 1", f"kernels {told}")
+    assert changed_facts({}, {"kernels": "a, b"}) == ("kernels unknown -> a, b",)
 
 
 def test_a_setting_is_drilled_once() -> None:

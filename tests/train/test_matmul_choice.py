@@ -345,6 +345,12 @@ def test_a_broken_record_is_told_and_measured_anew() -> None:
     assert not found.products
     assert "the ledger has openblas, which is not available here: measured anew" in found.notes
 
+    # It was, at the start before this one: nothing is measured now, and nothing missing.
+    again = recorded(event, attempt=2, products={"input 1x2x3": "onednn"})
+    found = read_record([event, again], HERE, ["torch", "onednn"])
+    assert found.products == {ProductShape(INPUT, 1, 2, 3): "onednn"}
+    assert not any("not available" in note for note in found.notes)
+
 
 def test_a_changed_choice_is_told(pool: GlooPool) -> None:
     """Catches a ledger whose choice was rewritten, chain and all: the checkpoint has another."""

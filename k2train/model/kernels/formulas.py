@@ -31,6 +31,11 @@ from k2train.model.kernels.elementwise import (
     wide_dtype,
 )
 
+COMPILED_VERSION = 2
+"""Version of the code that `kernels.compile` compiles on a CPU: these formulas, and the references
+of `elementwise`. It is in the kernels line, because other code rounds otherwise. 1, which the line
+does not name: all parts under autograd."""
+
 
 @dataclass(frozen=True)
 class Formulas:

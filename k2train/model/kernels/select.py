@@ -48,7 +48,7 @@ from k2train.model.kernels.elementwise import (
     reference_swiglu,
     torch_norm,
 )
-from k2train.model.kernels.formulas import FUSED, Formulas, compiled_formulas
+from k2train.model.kernels.formulas import COMPILED_VERSION, FUSED, Formulas, compiled_formulas
 from k2train.model.kernels.fp8 import fp8_product
 from k2train.model.kernels.onednn import onednn_product
 from k2train.model.kernels.openblas import find_openblas, openblas_product
@@ -136,7 +136,7 @@ class Kernels:
     choice: Choice | None = None
     """Libraries of the products by their shapes, where they were measured."""
     versions: tuple[str, ...] = ()
-    """Versions of the optional packages in use."""
+    """Versions of the optional packages and of the compiled code in use."""
 
     def recompute_of(self, num_layers: int) -> list[str]:
         """Return the recompute policy of each layer of a stage with `num_layers`."""
@@ -211,7 +211,7 @@ def choose_kernels(
     loss = pick("loss", loss, ("fused", "triton", "reference"), "fused")
     optimizer = pick("optimizer", optimizer, ("fused", "triton", "reference"), "fused")
     matmul = pick("matmul", matmul, tuple(PRODUCT), auto_matmul(traits))
-    versions = package_versions(attention_name, norm_name, matmul)
+    versions = code_versions(attention_name, norm_name, matmul, compiled, traits)
     names = {"norm": norm_name, "elementwise": elementwise, "loss": loss, "optimizer": optimizer}
     versions += triton_version(names, traits.device.type)
     split, swiglu = choose_elementwise(elementwise, compiled)
@@ -244,15 +244,19 @@ def choose_kernels(
     return chosen
 
 
-def package_versions(attention: str, norm: str, matmul: str) -> list[str]:
-    """Name and version of the optional packages and libraries of these kernels."""
+def code_versions(
+    attention: str, norm: str, matmul: str, compiled: bool, traits: DeviceTraits
+) -> list[str]:
+    """Name and version of the optional packages, libraries and compiled code of these kernels."""
     used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
     by_openblas = matmul == "openblas" or (
         matmul == "upcast" and fp32_library_of_processor() == "openblas"
     )
     library = [str(find_openblas())] if by_openblas else []
-    return library + [f"{name} {version_of(name)}" for name in packages]
+    on_cpu = compiled and traits.device.type == "cpu"
+    code = [f"compiled code {COMPILED_VERSION}"] if on_cpu else []
+    return code + library + [f"{name} {version_of(name)}" for name in packages]
 
 
 def pick(key: str, value: str, legal: tuple[str, ...], automatic: str) -> str:

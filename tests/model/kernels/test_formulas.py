@@ -1,5 +1,8 @@
 """Formulas of a layer's parts, written out for a compiler: values and gradients, without one."""
 
+import ast
+import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -9,14 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from k2train.model.kernels import select
+from k2train.model.kernels import elementwise, formulas, select
 from k2train.model.kernels.elementwise import (
     cut_tables,
     reference_norm,
     reference_split,
     reference_swiglu,
 )
-from k2train.model.kernels.formulas import FUSED, Formulas, compiled_formulas
+from k2train.model.kernels.formulas import (
+    COMPILED_VERSION,
+    FUSED,
+    Formulas,
+    compiled_formulas,
+)
 
 EPS, HEADS, KV_HEADS = 1e-3, 4, 2
 
@@ -117,3 +125,38 @@ def test_compile_on_compiles_every_formula(monkeypatch: pytest.MonkeyPatch) -> N
     assert found == {name: ("compiled", f"written_{name}") for name in found}
     assert select.choose_kernels(compile="off").formulas is FUSED
     assert select.choose_kernels(compile="on", norm="torch").formulas is None
+    gpu = select.DeviceTraits(torch.device("cuda"), torch.bfloat16)
+    for compiled in (True, False):
+        assert select.choose_formulas("fused", "fused", compiled, gpu) is None
+
+
+def compiled_code() -> str:
+    """Source of every function that is compiled or called by one, without its docstring."""
+    names = ("written_", "reference_", "wide_dtype", "_turned", "_heads", "_to_attention")
+    found = []
+    for module in (formulas, elementwise):
+        for part in ast.parse(inspect.getsource(module)).body:
+            if isinstance(part, ast.FunctionDef) and part.name.startswith(names):
+                told = ast.get_docstring(part) is not None
+                part.body = part.body[told:]
+                found.append(ast.unparse(part))
+    return "\n".join(found)
+
+
+def test_other_compiled_code_has_another_version() -> None:
+    """Catches formulas that round otherwise under the same kernels line: a resume would then
+    demand the bits of the code before.
+
+    Raise `COMPILED_VERSION` when a formula changes, and put the new hash here.
+    """
+    digest = hashlib.sha256(compiled_code().encode()).hexdigest()[:16]
+    assert (COMPILED_VERSION, digest) == (2, "24859efdfa477f42")
+
+
+def test_the_record_says_which_code_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a version that nothing records, and one in the line of a run that compiles nothing:
+    its bits would be compared within rounding only."""
+    monkeypatch.setattr(select.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(select, "compiled_once", itself)
+    assert f"compiled code {COMPILED_VERSION}" in str(select.choose_kernels(compile="on"))
+    assert "compiled code" not in str(select.choose_kernels(compile="off"))
