@@ -34,7 +34,7 @@ PAGES = {"README.md": README} | {
     for path in sorted((ROOT / "docs").rglob("*.md"))
 }
 LINKING = {**PAGES, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
-LONGEST_README_LINES = 180
+LONGEST_README_LINES = 135
 SMALL = ["data.order=[0]", "model.num_layers=2", "data.held_out_rows=24"]
 
 FAST = {
@@ -420,8 +420,8 @@ def anchors(text: str) -> set[str]:
 
 
 def own_files() -> dict[str, str]:
-    """The YAML files that the README tells a reader to write, by name."""
-    data, model = blocks("yaml", README)
+    """The YAML files that the quickstart page tells a reader to write, by name."""
+    data, model = blocks("yaml", PAGES["docs/quickstart.md"])
     return {"my_data.yaml": data, "my_model.yaml": model}
 
 
@@ -468,10 +468,10 @@ def test_every_command_is_run_by_a_test() -> None:
 
 
 def test_every_example_loads(tmp_path: Path) -> None:
-    """Catches an example with a key that is gone, and two pages that show it differently."""
+    """Catches an example with a key that is gone, and one longer than the README says it is."""
     files = own_files()
-    assert blocks("yaml", PAGES["docs/quickstart.md"]) == list(files.values())
-    assert len(files["my_data.yaml"].splitlines()) == 7
+    lengths = [len(text.splitlines()) for text in files.values()]
+    assert "a recipe of {} lines and a config of {}".format(*lengths) in README
     Recipe.model_validate(yaml.safe_load(files["my_data.yaml"]))
     path = tmp_path / "my_model.yaml"
     path.write_text(files["my_model.yaml"], encoding="utf-8")
