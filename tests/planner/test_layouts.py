@@ -102,6 +102,12 @@ def test_texts_show_the_same_numbers(question: Question) -> None:
     compared = why_not_lines(question, best[0], other)
     step = next(line for line in compared if re.match(r"step  +\d", line))
     assert step.split()[1:3] == [f"{best[0].seconds:.3f}", f"{other.seconds:.3f}"]
+    assert explained[0].partition(" a step, ")[2] in compared[0]
+    assert not any(re.search(r"-0\.0+$", line) for line in why_not_lines(question, other, other))
+    slightly = replace(other, step=replace(other.step, terms={"matmul": 1.0}))
+    more = replace(other, step=replace(other.step, terms={"matmul": 0.9999}))
+    (matmul,) = (line for line in why_not_lines(question, slightly, more) if "matmul" in line)
+    assert matmul.endswith("+0.000")
     assert "goodput" in goodput_lines(question, best[0].seconds)[0]
 
 

@@ -133,7 +133,7 @@ def test_rows_that_cannot_be_say_why() -> None:
         {**ROW, key: value} for key, value in (("gpu", "TPUv4"), ("gbs", "33"), ("layers", ""))
     )
     found = cases_of([unknown, ROW, odd, empty])
-    assert found[0] == "no cluster file for gpu 'TPUv4'"
+    assert str(found[0]).startswith("no cluster file for gpu 'TPUv4'; there are a100-40gb, ")
     assert "batch of 33 sequences" in str(found[2])
     assert found[3] == "column layers is empty, and nothing else tells it"
     with pytest.raises(ConfigError, match=r"column seq \(8k\) must be a number"):
