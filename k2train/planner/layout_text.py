@@ -95,10 +95,16 @@ def _layout_table(question: Question, labels: list[str], shown: list[Ranked]) ->
                 f"{utilisation(space, one):.1%}",
                 f"{one.step.bubble:.1%}",
                 f"{one.candidate.memory.total_bytes / size:.1f}",
-                *("-" if v is None else f"{v:,.1f}" for v in cost.values()),
+                *map(_cost_text, cost.values()),
             ]
         )
     return table(headings, rows, left={"recompute"})
+
+
+def _cost_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value >= 0.05 else "<0.1"
 
 
 def _own_layout(question: Question) -> tuple[Ranked | None, str]:

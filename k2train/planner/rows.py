@@ -66,9 +66,12 @@ class Case:
     @property
     def measured_seconds(self) -> float | None:
         """Published seconds of a step. Raises ConfigError for none that can be."""
-        seconds = number(self.row, "published_step_s")
+        named = self.row.get("row_id") or "without a row_id"
+        try:
+            seconds = number(self.row, "published_step_s")
+        except ConfigError as problem:
+            raise ConfigError(f"row {named}: {problem}") from None
         if seconds is not None and seconds <= 0:
-            named = self.row.get("row_id") or "without a row_id"
             raise ConfigError(f"row {named}: column published_step_s ({seconds:g}) must be above 0")
         return seconds
 

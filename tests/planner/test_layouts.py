@@ -136,6 +136,9 @@ def test_a_table_says_what_to_do_with_it(question: Question) -> None:
         "the config's own layout is excluded: tensor=1,pipeline=1,stages=1,micro=4,recompute=none: "
         "data x micro divides the batch: 16 by 8 x 4"
     ) in lines
+    # A run that takes a minute is told apart from one that takes nothing.
+    short = table_lines(replace(demo, tokens=1e6), found, found.best(1))
+    assert short[2].split()[-2:] == ["<0.1", "<0.1"]
     explained = explain_lines(demo, found.best(1)[0])
     assert any("most of this step is its host's" in line for line in explained)
 

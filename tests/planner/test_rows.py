@@ -190,6 +190,8 @@ def test_a_measured_time_below_zero_is_refused() -> None:
     """Catches a table of differences that is fitted as if it were of seconds."""
     with pytest.raises(ConfigError, match=r"row 7: column published_step_s \(-3\) must be above 0"):
         _ = case_of({**ROW, "row_id": "7", "published_step_s": "-3"}).measured_seconds
+    with pytest.raises(ConfigError, match=r"row 7: column published_step_s \(nan\) must be a num"):
+        _ = case_of({**ROW, "row_id": "7", "published_step_s": "nan"}).measured_seconds
 
 
 def test_a_cluster_is_read_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
