@@ -52,7 +52,6 @@ FAST = {
     ),
     "python tools/plan.py configs/k2_65b/stage1.yaml --cluster a100-80gb --gpus 480 "
     "--why-not tensor=8,pipeline=4,micro=4": "tensor traffic",
-    "python tools/plan.py --calibration-report tests/golden/step_times.csv": "rows, unseen",
     "python tools/plan.py configs/presets/k2_v2.yaml --cluster h200 --gpus 3200 "
     "--tokens 12.29e12": "516 layouts of 3,200 H200 are legal and fit",
     "python tools/plan.py configs/presets/llama_8b.yaml --world 64": "8,030,261,248 parameters",
@@ -357,6 +356,9 @@ ELSEWHERE = {
     "--rounds 3 --json check.json": "test_calibrate, at tiny sizes",
     "python tools/calibrate.py --saved check.json --draw check.svg": (
         "test_calibrate, with what was checked at tiny sizes"
+    ),
+    "python tools/plan.py --calibration-report tests/golden/step_times.csv": (
+        "tests/planner/test_predict.py, against the page's tables"
     ),
     "python tools/bench_schedules.py --svg pictures": "test_bench_schedules, at tiny sizes",
     "python tools/bench_profile.py": "test_bench_profile, at tiny sizes",

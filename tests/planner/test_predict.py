@@ -21,6 +21,7 @@ from k2train.planner.predict import (
 )
 from k2train.planner.ranking import ranking_lines
 from k2train.planner.rows import OPTIONAL, Case, case_of
+from tests.support.command_line import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "tests" / "golden" / "step_times.csv"
@@ -137,9 +138,13 @@ def test_kept_back_rows_are_others() -> None:
     assert [len(rows) for rows in kept] == [63, 131, 584]
 
 
-def test_errors_on_unseen_rows_are_those_of_the_page() -> None:
-    """Catches a change that makes predictions worse, or the page's tables old."""
-    lines = calibration_report(str(ROWS), [str(KEPT), str(SECOND)])
+def test_errors_on_unseen_rows_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a change that makes predictions worse, or the page's tables old: with the page's
+    command.
+    """
+    rows = ["--calibration-report", str(ROWS), "--judge", str(KEPT), str(SECOND)]
+    assert load_tool("plan").main(rows) == 0
+    lines = capsys.readouterr().out.splitlines()
     page = PAGE.read_text(encoding="utf-8")
     assert [line for line in lines if line and line not in page] == []
     unseen, kept, second = (line for line in lines if line.startswith("All "))
