@@ -176,7 +176,12 @@ class AtomicFile:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Write a small text file atomically; it is on the disk on return."""
+    """Write a small text file atomically; it is on the disk on return.
+
+    Raises IsADirectoryError for a path that only a folder can have.
+    """
+    if path.name in ("", ".."):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with AtomicFile(path) as stream:
         stream.write(text.encode())
 

@@ -175,6 +175,13 @@ def test_a_pipe_and_an_open_file_are_written_as_they_are(tmp_path: Path) -> None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "stdout", "target.txt"]
 
 
+@pytest.mark.parametrize("folder", [".", "/", ".."])
+def test_a_folder_is_not_written_as_a_file(folder: str) -> None:
+    """Catches a traceback of `--out .`, for all programs."""
+    with pytest.raises(IsADirectoryError, match="Is a directory"):
+        write_synced(Path(folder), "text")
+
+
 def test_a_socket_is_neither_written_nor_replaced(tmp_path: Path) -> None:
     """Catches a file in the place of a socket that a program listens on, or of a disk."""
     path = tmp_path / "s"

@@ -144,6 +144,8 @@ def _cpu(options: argparse.Namespace) -> int:
 
     if options.json and not options.json.parent.is_dir():
         raise RunError(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json and options.json.is_dir():
+        raise RunError(f"--json {options.json}: that is a folder; name a file in it")
 
     began = time.monotonic()
     machine, commit = machine_facts(), commit_of(ROOT)

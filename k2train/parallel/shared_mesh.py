@@ -1,7 +1,7 @@
 """Shared memory between three or four ranks of one machine: each two are a pair, in turns.
 
 - An all-gather or a reduce-scatter is one block to and from each other rank. gloo carries them
-  through TCP, and its threads take the cores from the ranks (`docs/performance.md`).
+  through TCP, and its threads take the cores from the ranks (`docs/where_time_goes.md`).
 - In turn t the ranks a and b with a + b = t, modulo their number, exchange. So each rank has at
   most one partner a turn, and all go through the turns in one order: none waits in a circle.
 - Sums stay with the callers, who add blocks in the order of ranks, as they do after gloo.

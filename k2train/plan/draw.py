@@ -168,7 +168,8 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s", scope: str = 
     scale = (width - LEFT - GAP) / total if total > 0 else 0.0
     height = TOP + len(ranks) * (ROW + GAP)
     local = _local_stages(computes)
-    body = [_svg_head(_ops(computes) or [Op.FORWARD], width, height, f"{total:.4g} {unit} {scope}")]
+    length = f"{total:.4g} {unit} {scope}"
+    body = []
 
     for index, rank in enumerate(ranks):
         top = TOP + index * (ROW + GAP)
@@ -188,10 +189,14 @@ def svg(spans: Sequence[Span], width: int = 1200, unit: str = "s", scope: str = 
                     unit,
                 )
 
-    return "\n".join([*body, "</svg>", ""])
+    shown = any(box.endswith("</text>") and 'text-anchor="middle"' in box for box in body)
+    numbers = "the number is the micro-batch" if shown else "boxes too narrow for their numbers"
+    text = f"{length}; {numbers}"
+    head = _svg_head(_ops(computes) or [Op.FORWARD], width, height, text)
+    return "\n".join([head, *body, "</svg>", ""])
 
 
-def _svg_head(ops: Sequence[Op], width: int, height: int, length: str) -> str:
+def _svg_head(ops: Sequence[Op], width: int, height: int, text: str) -> str:
     fills = {op: f"url(#{op.value}-lines)" if op in LINES else FILLS[op] for op in ops}
     styles = " ".join(f".{op.value} {{ fill: {fill}; }}" for op, fill in fills.items())
     patterns = "".join(
@@ -209,9 +214,7 @@ def _svg_head(ops: Sequence[Op], width: int, height: int, length: str) -> str:
         key.append(f'<text x="{left + 22}" y="19">{NAMES[op]}</text>')
         left += 40 + 7 * len(NAMES[op])
 
-    key.append(
-        f'<text x="{left}" y="19">{html.escape(length)}; the number is the micro-batch</text>'
-    )
+    key.append(f'<text x="{left}" y="19">{html.escape(text)}</text>')
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" \
 width="{width}" height="{height}">
 <style>text {{ font: 12px sans-serif; fill: #111; }} rect {{ stroke: #444; stroke-width: 0.5; }}

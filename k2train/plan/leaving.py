@@ -12,7 +12,9 @@ Alternatives considered:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from k2train.plan.action import Action, Op
 from k2train.plan.activations import (
@@ -53,24 +55,29 @@ def leaving_bytes(
     buckets = list(_stages_of_buckets(spec, layout, pp, limit))
     program = program or [Action(Op.BACKWARD, stage, 0) for stage in layout.stages_of(pp)[::-1]]
     last = {action.stage: index for index, action in enumerate(program) if action.op in BACKWARDS}
+    # A search of layouts walks a million actions: what a stage has is counted once.
+    sizes = {
+        stage: (stage_bytes(spec, layout, stage), stage_deferred_bytes(spec, layout, stage))
+        for stage in {action.stage for action in program}
+    }
+    fullest = max(size for _, size in working)
+    sent = 0
 
     for index, action in enumerate(program):
         stage = action.stage
-        kept, waiting = (of(spec, layout, stage) for of in (stage_bytes, stage_deferred_bytes))
+        kept, waiting = sizes[stage]
         if last.get(stage) == index:
             others = held - (waiting if action.op is Op.BACKWARD_WEIGHT else kept)
             moments = _last_backward(spec, layout, pp, stage, working, norm)
+            sent_at = _sent_at(layout, buckets, done, stage)
             most = max(
                 most,
-                *(
-                    max(0, others) + size + _sent(layout, buckets, done, stage, position)
-                    for position, size in moments
-                ),
+                *(max(0, others) + size + sent_at(position) for position, size in moments),
             )
             done.add(stage)
+            sent = sent_at(-math.inf)
         elif layout.stages_per_rank > 1 and action.op in COMPUTED:
-            fullest = max(size for _, size in working)
-            most = max(most, _sent(layout, buckets, done) + held + fullest)
+            most = max(most, sent + held + fullest)
         held += {
             Op.FORWARD: kept,
             Op.BACKWARD: -kept,
@@ -80,26 +87,21 @@ def leaving_bytes(
     return most
 
 
-def _sent(
-    layout: Layout,
-    buckets: Sequence[tuple[int, dict[int, float]]],
-    done: set[int],
-    stage: int | None = None,
-    position: float = math.inf,
-) -> int:
-    """Bytes of transfers that began: all ranks' rows, and this rank's share of their sums.
+def _sent_at(
+    layout: Layout, buckets: Sequence[tuple[int, dict[int, float]]], done: set[int], stage: int
+) -> Callable[[float], int]:
+    """Bytes of transfers that began once `stage` has its gradients from a position up.
 
-    `done`: stages with all their gradients; `stage` has those from `position` up.
+    All ranks' rows, and this rank's share of their sums. `done`: stages with all their gradients.
     """
-    size = 0
-    # Plain loops: a search of layouts asks this a hundred thousand times.
-    for elements, lowest in buckets:
-        for one, low in lowest.items():
-            if one not in done and (one != stage or low < position):
-                break
-        else:
-            size += elements
-    return FP32 * (layout.data + 1) * size
+    last = {*done, stage}
+    began = [(elements, lowest) for elements, lowest in buckets if lowest.keys() <= last]
+    before = sum(elements for elements, lowest in began if stage not in lowest)
+    # They leave from the highest position down.
+    own = sorted((-lowest[stage], elements) for elements, lowest in began if stage in lowest)
+    positions = [position for position, _ in own]
+    sums = list(accumulate((elements for _, elements in own), initial=before))
+    return lambda position: FP32 * (layout.data + 1) * sums[bisect_right(positions, -position)]
 
 
 def _stages_of_buckets(
@@ -142,9 +144,9 @@ def _last_backward(
     # A stage's output that was sent, and the gradient that was received, last until its end.
     crossing = 2 * spec.residual_bytes if layout.num_stages > 1 else 0
 
-    for index in range(len(policies)):
-        # Layers below still hold what their forward kept.
-        below = sum(layer_bytes(spec, policy) for policy in policies[:index])
+    # Layers below still hold what their forward kept.
+    held = accumulate((layer_bytes(spec, policy) for policy in policies), initial=0)
+    for index, below in zip(range(len(policies)), held, strict=False):
         for position, size in working:
             yield first + index + position, below + size + crossing
         yield first + index, below + norm + crossing

@@ -96,11 +96,11 @@ def rank_memory(
 
     `overlap` is that of the transfers.
     """
-    peak = peak_bytes(
-        program,
-        lambda stage: stage_bytes(spec, layout, stage),
-        lambda stage: stage_deferred_bytes(spec, layout, stage),
+    kept, waiting = (
+        {stage: of(spec, layout, stage) for stage in layout.stages_of(pp)}
+        for of in (stage_bytes, stage_deferred_bytes)
     )
+    peak = peak_bytes(program, kept.__getitem__, waiting.__getitem__)
     return RankMemory(
         state_bytes(spec.shape, layout, spec.precision, pp),
         peak,

@@ -42,7 +42,7 @@ MEMORY = 1.05
 """Most bytes of a schedule, relative to 1F1B."""
 SMALLEST_LAYER = 0.1e9
 """FLOPs of a micro-batch in one layer on one rank, forward and backward, below which they do not
-tell its time. Measured on CPUs: at 0.04e9 half of the time is the host's (`docs/performance.md`).
+tell its time. Measured on CPUs: at 0.04e9 half of the time is the host's (`docs/planning.md`).
 """
 SIMULATED_ROUNDS = 8
 """Micro-batches for each pipeline rank that are simulated; the others cost the slowest rank's work.

@@ -33,7 +33,7 @@ from k2train.planner.cluster_file import load_cluster
 from k2train.planner.layouts import DAY, Question
 from k2train.planner.planned_step import workload_of
 from k2train.retry import retried
-from k2train.text import bytes_text, counted, tokens_text
+from k2train.text import bytes_text, counted, duration, tokens_text
 from k2train.train.data_seen import planned_in_common
 from k2train.train.preflight import check_data
 from k2train.train.recorded_choices import run_directory
@@ -162,9 +162,20 @@ def _calendar(page: Page, stage: Stage, question: Question, seconds: float) -> N
     watts = energy.device_watts or question.cluster.device.watts
     mwh = days * 24 * question.devices * watts / 1e6 * energy.pue
     page.lines.append(
-        f"         {days:.3g} days at a goodput of {goodput:.1%}, {mwh:.3g} MWh; a chunk every "
-        f"{24 * days / chunks:.3g} h, {counted(-(-chunks // every), 'numbered checkpoint')}"
+        f"         {_time(days * DAY)} at a goodput of {goodput:.1%}, {_energy(mwh)}; a chunk "
+        f"every {_time(days * DAY / chunks)}, {counted(-(-chunks // every), 'numbered checkpoint')}"
     )
+
+
+def _time(seconds: float) -> str:
+    """Days or hours of a long time, and a duration of a short one."""
+    if seconds >= DAY:
+        return f"{seconds / DAY:.3g} days"
+    return f"{seconds / 3600:.3g} h" if seconds >= 3600 else duration(seconds)
+
+
+def _energy(mwh: float) -> str:
+    return f"{mwh:.3g} MWh" if mwh >= 0.1 else f"{1e3 * mwh:.3g} kWh"
 
 
 def _seam(page: Page, first: Stage, second: Stage) -> None:
@@ -178,7 +189,8 @@ def _seam(page: Page, first: Stage, second: Stage) -> None:
         if not differing
         else "the models differ: " + "; ".join(text.removeprefix("model.") for text in differing),
     )
-    parent = str(second.config.run.init_from)
+    init_from = second.config.run.init_from
+    parent = str(init_from)
     run = run_directory(first.config)
     # It may name the run, or a checkpoint inside it.
     # Both may be relative, or only one of them.
@@ -187,7 +199,9 @@ def _seam(page: Page, first: Stage, second: Stage) -> None:
     page.check(
         follows,
         f"run.init_from of stage 2 ({parent}) is the run of stage 1"
-        + ("" if follows else f", which is {run}"),
+        if follows
+        else f"run.init_from of stage 2 ({'not set' if init_from is None else parent}) must be the "
+        f"run of stage 1, {run}",
     )
     if first.data is None or second.data is None or not first.order or not second.order:
         page.lines.append("         data, rate and disk of both are not checked without all chunks")

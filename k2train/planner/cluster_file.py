@@ -172,12 +172,28 @@ def source_of(key: str, sources: Mapping[str, str]) -> str | None:
 
 
 def _orphans(file: ClusterFile, numbers: Sequence[str], path: str) -> list[str]:
-    """Mistakes of `sources`: keys that name no number of the file."""
-    return [
-        f"{path}: sources.{key}: names no number of this file; nearest is {nearest(key, numbers)}"
-        for key in file.sources
-        if not any(f"{number}.".startswith(f"{key}.") for number in numbers)
-    ]
+    """Mistakes of `sources`: keys that name no number of the file; of a missing link, the link."""
+    found = []
+    for key in file.sources:
+        if any(f"{number}.".startswith(f"{key}.") for number in numbers):
+            continue
+        section, name, *_ = (*key.split("."), "")
+        if section == "links" and name and name not in file.links and not _like_a_link(name, file):
+            found.append(
+                f"{path}: links.{name}: missing, and sources names it; add it, with devices, "
+                "gb_per_second and latency_microseconds, or take its sources out"
+            )
+            continue
+        found.append(
+            f"{path}: sources.{key}: names no number of this file; nearest is "
+            f"{nearest(key, numbers)}"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _like_a_link(name: str, file: ClusterFile) -> bool:
+    """Whether a name is a misspelt link of the file."""
+    return nearest(name, list(file.links), cutoff=0.7) is not None
 
 
 def _cluster(file: ClusterFile, path: str) -> Cluster:

@@ -152,7 +152,7 @@ def _terms(one: Comparison) -> list[str]:
 
 
 def _lanes(one: Comparison) -> list[str]:
-    """Seconds of each pipeline rank by term, planned and measured in turns."""
+    """Milliseconds of each pipeline rank by term, planned and measured in turns."""
     used = [
         term
         for term in LANE_TERMS
@@ -164,8 +164,14 @@ def _lanes(one: Comparison) -> list[str]:
     ):
         for name, lane in (("planned", planned), ("measured", measured)):
             whole = sum(lane.values())
-            rows.append([f"{pp} {name}", *(f"{lane[term]:.4g}" for term in used), f"{whole:.4g}"])
-    return table(["pipeline rank, seconds", *used, "step"], rows, ("pipeline rank, seconds",))
+            rows.append([f"{pp} {name}", *(_ms(lane[term]) for term in used), _ms(whole)])
+    return table(["pipeline rank, ms", *used, "step"], rows, ("pipeline rank, ms",))
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds with four digits, and never a power of ten."""
+    value = 1e3 * seconds
+    return f"{value:,.0f}" if value >= 1e3 else f"{value:.4g}" if value >= 0.001 else "0"
 
 
 def _whole_step(found: Compared) -> list[str]:

@@ -95,10 +95,16 @@ def _layout_table(question: Question, labels: list[str], shown: list[Ranked]) ->
                 f"{utilisation(space, one):.1%}",
                 f"{one.step.bubble:.1%}",
                 f"{one.candidate.memory.total_bytes / size:.1f}",
-                *("-" if v is None else f"{v:,.1f}" for v in cost.values()),
+                *map(_cost_text, cost.values()),
             ]
         )
     return table(headings, rows, left={"recompute"})
+
+
+def _cost_text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value >= 0.05 else "<0.1"
 
 
 def _own_layout(question: Question) -> tuple[Ranked | None, str]:
@@ -244,8 +250,8 @@ def why_not_lines(question: Question, best: Ranked, other: Ranked) -> list[str]:
     """Compare two layouts, term by term; say if the other one does not fit."""
     space = question.space
     lines = [
-        f"best  {best.candidate.choice.text()}: {best.seconds:.3f} s",
-        f"other {other.candidate.choice.text()}: {other.seconds:.3f} s, "
+        f"best  {best.candidate.choice.text()}: {_sure_seconds(space, best)}",
+        f"other {other.candidate.choice.text()}: {_sure_seconds(space, other)}, "
         f"{other.seconds / best.seconds - 1:+.1%}",
     ]
     problem = memory_problem(space, other.candidate.memory)
@@ -255,35 +261,31 @@ def why_not_lines(question: Question, best: Ranked, other: Ranked) -> list[str]:
         lines.append(
             f"the other's tensor-parallel ranks do not share a node ({space.cluster.node})"
         )
-    names = dict.fromkeys([*best.step.terms, *other.step.terms])
-    rows = []
-    for name in names:
-        a, b = best.step.terms.get(name, 0.0), other.step.terms.get(name, 0.0)
-        if max(a, b) > LEAST_SECONDS:
-            rows.append([name, f"{a:.3f}", f"{b:.3f}", f"{b - a:+.3f}"])
-    rows.append(
-        [
-            "step",
-            f"{best.seconds:.3f}",
-            f"{other.seconds:.3f}",
-            f"{other.seconds - best.seconds:+.3f}",
-        ]
-    )
+    first, second = best.step.terms, other.step.terms
+    names = dict.fromkeys([*first, *second])
+    shown = [name for name in names if max(first.get(name, 0), second.get(name, 0)) > LEAST_SECONDS]
+    rows = [_difference(name, first.get(name, 0), second.get(name, 0), 3) for name in shown]
+    rows.append(_difference("step", best.seconds, other.seconds, 3))
     first, second = terms_of(best.candidate.memory), terms_of(other.candidate.memory)
-    memory = [
-        [
-            name,
-            f"{first[name] / GIB:.2f}",
-            f"{second[name] / GIB:.2f}",
-            f"{(second[name] - first[name]) / GIB:+.2f}",
-        ]
-        for name in MEMORY
-    ]
+    memory = [_difference(name, first[name] / GIB, second[name] / GIB, 2) for name in MEMORY]
     return [
         *lines,
         *table(["seconds", "best", "other", "more"], rows, left={"seconds"}),
         *table(["GiB", "best", "other", "more"], memory, left={"GiB"}),
     ]
+
+
+def _sure_seconds(space: Space, one: Ranked) -> str:
+    """Seconds of a step with their interval, as `--explain` has them."""
+    sure = interval(space.workload(one.candidate.choice), space.cluster)
+    low, high = seconds_text(sure.low), seconds_text(sure.high)
+    return f"{one.seconds:.3f} s, {low} to {high} s in nine of ten cases"
+
+
+def _difference(name: str, first: float, second: float, digits: int) -> list[str]:
+    """Two values and what the second has more; the sign of what rounds to nothing is +."""
+    more = round(second - first, digits) + 0.0
+    return [name, f"{first:.{digits}f}", f"{second:.{digits}f}", f"{more:+.{digits}f}"]
 
 
 def goodput_lines(question: Question, step_seconds: float) -> list[str]:

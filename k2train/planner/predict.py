@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from k2train.config.messages import nearest
 from k2train.errors import ConfigError, UserError
 from k2train.files import write_synced
 from k2train.plan.program_memory import program_memory
@@ -33,7 +34,7 @@ from k2train.planner.fit import (
     predicted,
 )
 from k2train.planner.ranking import ranking_lines
-from k2train.planner.rows import Case, Row, case_of, cases_of
+from k2train.planner.rows import OPTIONAL, Case, Row, case_of, cases_of
 from k2train.retry import read_retried, reason
 from k2train.text import markdown_table
 
@@ -47,6 +48,8 @@ PREDICTED = (
 )
 NEEDED = ("layers", "hidden", "heads", "seq", "gpu")
 """Columns without which no row can be predicted."""
+MISSPELT = 0.8
+"""Likeness from which a column that is not read is taken for a misspelt one."""
 GB = 1e9
 
 
@@ -142,7 +145,28 @@ def predict_file(source: str, target: str) -> str:
         raise ConfigError(f"--out {target}: cannot be written: {reason(problem, target)}") from None
     without = sum(not row["predicted_step_s"] for row in done)
     rest = f"; {without} without, see predicted_note" if without else ""
-    return f"{target}: {len(done) - without} of {len(done)} rows predicted{rest}"
+    return "\n".join(
+        [
+            f"{target}: {len(done) - without} of {len(done)} rows predicted{rest}",
+            *_misspelt(columns),
+        ]
+    )
+
+
+def _misspelt(columns: Sequence[str]) -> list[str]:
+    """A line for each column that is not read and looks like one that would be, and is absent."""
+    absent = [name for name in OPTIONAL if name not in columns]
+    likely = {
+        name: nearest(name.strip().lower(), absent, MISSPELT)
+        for name in columns
+        if name not in (*NEEDED, *OPTIONAL)
+    }
+    return [
+        f"column {name} is not read, and every row took the default of {known}: rename it, if it "
+        f"is {known}"
+        for name, known in likely.items()
+        if known
+    ]
 
 
 def calibration_report(path: str, judges: Sequence[str] = ()) -> list[str]:

@@ -32,6 +32,13 @@ USUAL = {"a100": "a100-80gb"}
 OTHER_PARTS = {"pcie", "nvl"}
 """Words of parts that are slower than the one they share a name with."""
 NETWORK = re.compile(r"(?:(\d+) ?x ?)?(\d{2,4}) ?Gb(?:/s|ps)?[^;,.]{0,12}?(node|GPU)\b", re.I)
+OPTIONAL = (
+    *("ffn", "kv_heads", "vocab", "mlp", "tied", "tp", "pp", "vpp", "cp", "dp", "n_gpus"),
+    *("mbs", "gbs", "sp", "recompute", "zero", "schedule", "precision", "attn", "loss", "overlap"),
+    *("grad_dtype", "gather_dtype", "gather_in_place", "weight_bytes", "optimizer_bytes"),
+    *("offload_layers", "notes", "source", "row_id", "published_step_s"),
+)
+"""Columns that are read where they are there."""
 PRECISIONS = ("nvfp4", "mxfp8", "fp8", "bf16", "fp16", "fp32")
 MOST = 10**9
 """Largest whole number of a row: more is a mistake of the table."""
@@ -61,9 +68,12 @@ class Case:
     @property
     def measured_seconds(self) -> float | None:
         """Published seconds of a step. Raises ConfigError for none that can be."""
-        seconds = number(self.row, "published_step_s")
+        named = self.row.get("row_id") or "without a row_id"
+        try:
+            seconds = number(self.row, "published_step_s")
+        except ConfigError as problem:
+            raise ConfigError(f"row {named}: {problem}") from None
         if seconds is not None and seconds <= 0:
-            named = self.row.get("row_id") or "without a row_id"
             raise ConfigError(f"row {named}: column published_step_s ({seconds:g}) must be above 0")
         return seconds
 
@@ -222,7 +232,9 @@ def _cluster_of(row: Row) -> Cluster:
     named = {one: set(one.split("-")) for one in (*cluster_names(), *USUAL)}
     fitting = [one for one, parts in named.items() if parts <= words and not words & OTHER_PARTS]
     if not fitting:
-        raise ConfigError(f"no cluster file for gpu {row.get('gpu')!r}")
+        raise ConfigError(
+            f"no cluster file for gpu {row.get('gpu')!r}; there are {', '.join(cluster_names())}"
+        )
     name = max(fitting, key=lambda one: len(named[one]))
     cluster = _shipped(USUAL.get(name, name))
     match = NETWORK.search(row.get("notes") or "")

@@ -116,4 +116,8 @@ def test_svg_has_a_box_for_every_action_at_its_time() -> None:
         )
 
     assert len({boxes[str(span.action)].get("y") for span in computes}) == 2
+    assert "; the number is the micro-batch<" in svg(spans)
+    # A picture without one number says so, in place of the line about numbers.
+    many = svg(simulate(build_programs("1f1b", 2, 300)))
+    assert "; boxes too narrow for their numbers<" in many and "the number is" not in many
     assert ElementTree.fromstring(svg([])).tag == f"{SVG}svg"

@@ -1,5 +1,6 @@
 """Two stages on one page: whole ones hold, and each broken thing fails with its numbers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,17 @@ def test_whole_stages_hold(tmp_path: Path) -> None:
     assert text.count("2 chunks with matching hashes: 10 steps x 12 x") == 2
     assert "learning rate: cosine 0.01 to 0.001, then cosine from" in text
     assert text.endswith("all of it holds")
+    # A run of a minute is no fraction of a day, and no power of ten.
+    assert re.search(r"  \d+s at a goodput of [\d.]+%, [\d.]+ kWh; a chunk every \d+s, ", text), (
+        text
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     (
-        ({"run__init_from": "runs/other"}, "run.init_from of stage 2 (runs/other) is the run"),
+        ({"run__init_from": "runs/other"}, "init_from of stage 2 (runs/other) must be the run of"),
+        ({"run__init_from": None}, "run.init_from of stage 2 (not set) must be the run of stage 1"),
         ({"lr__peak": 0.1}, "stage 2 must not exceed stage 1's peak"),
         ({"model__ffn_hidden_size": 128}, "the models differ: ffn_hidden_size: 48 -> 128"),
         ({"model__norm_eps": 1e-3}, "the models differ: norm_eps: 1.0e-05 -> 0.001"),

@@ -91,6 +91,12 @@ def test_mistakes_are_one_line_with_their_place(tmp_path: Path) -> None:
     missing = refused(tmp_path, GOOD.replace(network, ""))
     assert "a link between nodes is missing (the last, nvlink, joins 8)" in missing
     assert "\n" not in missing
+    # One line as well where its numbers still have their sources.
+    own = (f"links.network.{key}: measured" for key in ("gb_per_second", "latency_microseconds"))
+    sources = f"sources: {{{', '.join(own)}}}\n"
+    said = refused(tmp_path, GOOD.replace(network, "") + sources)
+    assert "links.network: missing, and sources names it; add it, with devices, gb_per_s" in said
+    assert "\n" not in said
     inside = "  nvlink: {devices: 8, gb_per_second: 300, latency_microseconds: 4}\n"
     alone = refused(tmp_path, GOOD.replace(inside, ""))
     assert "a link inside a node is missing (the only one, network, joins all)" in alone

@@ -11,7 +11,7 @@ from k2train.plan.simulate import bubble_fraction, simulate
 from k2train.plan.step_time import step_time
 from k2train.planner.cluster_file import load_cluster
 from k2train.planner.compare import Comparison, compare
-from k2train.planner.compare_text import sentence
+from k2train.planner.compare_text import _lanes, sentence
 from k2train.planner.lanes import BUBBLE, COMPUTE, DATA, HOST, OPTIMIZER, PIPELINE, TENSOR, measure
 from k2train.planner.planned_step import (
     planned_on,
@@ -117,6 +117,10 @@ def test_exchanges_are_booked_on_their_axis() -> None:
         assert lane[COMPUTE] == pytest.approx(count * 14e-3)
         assert lane[OPTIMIZER] == pytest.approx(REDUCE / 2 + UPDATE)
         assert lane[HOST] == pytest.approx(LOADER + REST)
+    # In milliseconds, and small ones without a power of ten.
+    shown = _lanes(replace(one, planned_lanes=[{**lane, DATA: 4e-5} for lane in one.planned_lanes]))
+    assert "0.04" in shown[1].split() and "e-" not in "".join(shown[1:])
+    assert f"{1e3 * count * 14e-3:.4g}" in shown[2].split()
     step = sum(one.measured.lanes[0].values())
     assert (
         step == pytest.approx(one.measured.seconds) == pytest.approx(one.planned_seconds, rel=0.2)

@@ -102,6 +102,12 @@ def test_texts_show_the_same_numbers(question: Question) -> None:
     compared = why_not_lines(question, best[0], other)
     step = next(line for line in compared if re.match(r"step  +\d", line))
     assert step.split()[1:3] == [f"{best[0].seconds:.3f}", f"{other.seconds:.3f}"]
+    assert explained[0].partition(" a step, ")[2] in compared[0]
+    assert not any(re.search(r"-0\.0+$", line) for line in why_not_lines(question, other, other))
+    slightly = replace(other, step=replace(other.step, terms={"matmul": 1.0}))
+    more = replace(other, step=replace(other.step, terms={"matmul": 0.9999}))
+    (matmul,) = (line for line in why_not_lines(question, slightly, more) if "matmul" in line)
+    assert matmul.endswith("+0.000")
     assert "goodput" in goodput_lines(question, best[0].seconds)[0]
 
 
@@ -130,6 +136,9 @@ def test_a_table_says_what_to_do_with_it(question: Question) -> None:
         "the config's own layout is excluded: tensor=1,pipeline=1,stages=1,micro=4,recompute=none: "
         "data x micro divides the batch: 16 by 8 x 4"
     ) in lines
+    # A run that takes a minute is told apart from one that takes nothing.
+    short = table_lines(replace(demo, tokens=1e6), found, found.best(1))
+    assert short[2].split()[-2:] == ["<0.1", "<0.1"]
     explained = explain_lines(demo, found.best(1)[0])
     assert any("most of this step is its host's" in line for line in explained)
 

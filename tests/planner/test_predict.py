@@ -12,6 +12,7 @@ from k2train.plan.program_memory import program_memory
 from k2train.plan.step_time import step_time
 from k2train.planner.fit import Judged
 from k2train.planner.predict import (
+    NEEDED,
     PREDICTED,
     calibration_report,
     predict_file,
@@ -19,7 +20,8 @@ from k2train.planner.predict import (
     read_rows,
 )
 from k2train.planner.ranking import ranking_lines
-from k2train.planner.rows import Case, case_of
+from k2train.planner.rows import OPTIONAL, Case, case_of
+from tests.support.command_line import load_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS = ROOT / "tests" / "golden" / "step_times.csv"
@@ -56,6 +58,39 @@ def test_columns_are_added_and_nothing_is_lost(tmp_path: Path) -> None:
     wide, narrow = (float(r["predicted_high"]) / float(r["predicted_low"]) for r in (new, known))
     assert math.log(wide) > 1.8 * math.log(narrow)
     assert unknown["predicted_step_s"] == "" and "abacus" in unknown["predicted_note"]
+
+
+def test_a_misspelt_column_is_told(tmp_path: Path) -> None:
+    """Catches rows that silently take a default, and a word on columns that are one's own."""
+    source, target = tmp_path / "in.csv", str(tmp_path / "out.csv")
+    header, row = "layers,hidden,heads,seq,gpu", "24,2304,24,2048,A100-80GB"
+
+    def said(*columns: str) -> list[str]:
+        text = f"{','.join([header, *columns])}\n{row}{',' * len(columns)}\n"
+        source.write_text(text, encoding="utf-8")
+        return predict_file(str(source), target).splitlines()[1:]
+
+    assert said("recompte") == [
+        "column recompte is not read, and every row took the default of recompute: rename it, if "
+        "it is recompute"
+    ]
+    assert said("colour", "model", "published_mem_gb", "outcome", "dp") == []
+    # The column itself is there, so no row took a default.
+    assert said("recompute", "recompte_old") == said("zero", "zeros") == []
+
+
+def test_all_columns_that_are_read_are_known() -> None:
+    """Catches a column that a misspelling of it is not compared with."""
+    read = set()
+
+    class Noting(dict[str, str]):
+        def get(self, key: str, default: object = None) -> str:  # type: ignore[override]
+            read.add(key)
+            return str(super().get(key, ""))
+
+    case = case_of(Noting(read_rows(str(ROWS))[1][0]))
+    assert case.source and case.measured_seconds
+    assert read == {*NEEDED, *OPTIONAL} - {"row_id"}
 
 
 def test_published_outcomes_are_predicted(published: list[dict[str, str]]) -> None:
@@ -103,9 +138,13 @@ def test_kept_back_rows_are_others() -> None:
     assert [len(rows) for rows in kept] == [63, 131, 584]
 
 
-def test_errors_on_unseen_rows_are_those_of_the_page() -> None:
-    """Catches a change that makes predictions worse, or the page's tables old."""
-    lines = calibration_report(str(ROWS), [str(KEPT), str(SECOND)])
+def test_errors_on_unseen_rows_are_those_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a change that makes predictions worse, or the page's tables old: with the page's
+    command.
+    """
+    rows = ["--calibration-report", str(ROWS), "--judge", str(KEPT), str(SECOND)]
+    assert load_tool("plan").main(rows) == 0
+    lines = capsys.readouterr().out.splitlines()
     page = PAGE.read_text(encoding="utf-8")
     assert [line for line in lines if line and line not in page] == []
     unseen, kept, second = (line for line in lines if line.startswith("All "))

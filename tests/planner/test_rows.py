@@ -153,7 +153,7 @@ def test_rows_that_cannot_be_say_why() -> None:
         {**ROW, key: value} for key, value in (("gpu", "TPUv4"), ("gbs", "33"), ("layers", ""))
     )
     found = cases_of([unknown, ROW, odd, empty])
-    assert found[0] == "no cluster file for gpu 'TPUv4'"
+    assert str(found[0]).startswith("no cluster file for gpu 'TPUv4'; there are a100-40gb, ")
     assert "batch of 33 sequences" in str(found[2])
     assert found[3] == "column layers is empty, and nothing else tells it"
     with pytest.raises(ConfigError, match=r"column seq \(8k\) must be a number"):
@@ -210,6 +210,8 @@ def test_a_measured_time_below_zero_is_refused() -> None:
     """Catches a table of differences that is fitted as if it were of seconds."""
     with pytest.raises(ConfigError, match=r"row 7: column published_step_s \(-3\) must be above 0"):
         _ = case_of({**ROW, "row_id": "7", "published_step_s": "-3"}).measured_seconds
+    with pytest.raises(ConfigError, match=r"row 7: column published_step_s \(nan\) must be a num"):
+        _ = case_of({**ROW, "row_id": "7", "published_step_s": "nan"}).measured_seconds
 
 
 def test_a_cluster_is_read_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,10 @@ TOGETHER = {
     "tests/emulated_cuda/test_engine.py": "emulated CUDA",
     "tests/emulated_cuda/test_trainer.py": "emulated CUDA",
     "tests/emulated_cuda/test_worlds.py": "emulated CUDA",
+    "tests/tools/test_bench_gpu.py": "GPU parts",
+    "tests/tools/test_gpu_check.py": "GPU parts",
 }
-"""Files with one cluster, or one pool of emulated devices, between them."""
+"""Files with one cluster, one pool of emulated devices, or one dry run between them."""
 ROOMS = (
     "tests/evaluation/",
     "tests/hf/",
@@ -43,7 +45,7 @@ FIRST = (
     "tests/laws/test_docs.py",
     "tests/system/test_fault_tests.py",
     "tests/watchdog/test_watchdog.py",
-    "tests/tools/test_bench_gpu.py",
+    "GPU parts",
     "emulated CUDA",
 )
 """Units in which most of the time is waiting: what runs beside them has the processors. The last

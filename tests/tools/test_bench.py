@@ -622,6 +622,7 @@ def test_a_commit_without_the_bench_is_refused(
         (["cpu", "--variant", "k2train: k2train run.seed=1"], "is a contender already"),
         (["cpu", "--variant", "x: k2train seed=1"], "is not section.key=value"),
         (["cpu", "--json", "no/such/folder/x.json"], "there is no folder"),
+        (["cpu", "--json", "."], "that is a folder; name a file in it"),
     ],
 )
 def test_a_mistake_costs_one_line(

@@ -71,24 +71,12 @@ def rows_in(stream: io.StringIO) -> list[Row]:
     return [row for row in rows if row["status"] != "begun"]
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """(folder, table) of one dry run of everything."""
-    folder = tmp_path_factory.mktemp("gpu") / "out"
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "stdout", printed)
-        code = tool.main(["gpu", "--dry-run", "--folder", str(folder), "--minutes", "8"])
-    assert code == 0
-    return folder, printed.getvalue()
-
-
 @pytest.mark.slow
-def test_a_dry_run_goes_through_every_part(dry: tuple[Path, str]) -> None:
+def test_a_dry_run_goes_through_every_part(bench_gpu_dry: tuple[Path, str]) -> None:
     """Catches a part that no longer fits the library: it would be a failed row on a GPU that is
     paid by the minute.
     """
-    rows = json.loads((dry[0] / "result.json").read_text())["rows"]
+    rows = json.loads((bench_gpu_dry[0] / "result.json").read_text())["rows"]
     assert [row for row in rows if row["status"] not in ("ok", "unavailable")] == []
     done = {
         row["part"]: [r["what"] for r in rows if r["part"] == row["part"] and r["status"] == "ok"]
@@ -106,11 +94,11 @@ def test_a_dry_run_goes_through_every_part(dry: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_whole_models_are_compared_in_turns(dry: tuple[Path, str]) -> None:
+def test_whole_models_are_compared_in_turns(bench_gpu_dry: tuple[Path, str]) -> None:
     """Catches contenders that do not learn from the same work, and one that is timed while the
     others are cold.
     """
-    rows = json.loads((dry[0] / "result.json").read_text())["rows"]
+    rows = json.loads((bench_gpu_dry[0] / "result.json").read_text())["rows"]
     measured = [row for row in rows if row["part"] == "models" and "step_seconds" in row]
     names = [
         "k2train", "fair peer", "transformers", "transformers compiled", "reference",
@@ -125,9 +113,9 @@ def test_whole_models_are_compared_in_turns(dry: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_the_folder_holds_the_results_and_no_caches(dry: tuple[Path, str]) -> None:
+def test_the_folder_holds_the_results_and_no_caches(bench_gpu_dry: tuple[Path, str]) -> None:
     """Catches results that are only on the screen, and compiler caches left behind."""
-    folder, printed = dry
+    folder, printed = bench_gpu_dry
     assert (folder / "table.md").read_text() == printed
     assert not (folder / runner.SCRATCH).exists()
     assert (

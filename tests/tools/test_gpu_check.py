@@ -24,6 +24,7 @@ from tests.support.command_line import HANG_SECONDS, load_tool, soon
 tool = load_tool("gpu_check")
 
 from benchmarks.gpu import aims, runner  # noqa: E402
+from benchmarks.gpu import main as bench_main  # noqa: E402
 from benchmarks.gpu.bench import Bench  # noqa: E402
 from benchmarks.gpu.processes import run_to_end  # noqa: E402
 from benchmarks.gpu.sizes import Batch  # noqa: E402
@@ -727,10 +728,28 @@ def test_ranks_are_compared_with_one(
 
 
 @pytest.fixture(scope="module")
-def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
-    """(folder, exit code) of one dry run of everything."""
-    folder = tmp_path_factory.mktemp("check")
-    code = tool.main(["--dry-run", "--folder", str(folder), "--minutes", "60"])
+def dry(
+    bench_gpu_dry: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """(folder, exit code) of one dry run of everything.
+
+    `layers` and `host` are the benchmark's, and its dry run has just run them: by the same command,
+    but for the time that is left and the folder. Their rows are taken from there.
+    """
+    folder, run_part = tmp_path_factory.mktemp("check"), runner.run_part
+    theirs = runner.Given(bench_gpu_dry[0], (), 0, True)
+
+    def run_once(part: runner.Part, given: runner.Given, seconds: float) -> list[Row]:
+        if part.name not in ("layers", "host"):
+            return run_part(part, given, seconds)
+        command = runner.part_command(part, given, 1.0)
+        there = runner.part_command(bench_main.PARTS[part.name], theirs, 1.0)
+        assert [one.replace(str(folder), str(theirs.folder)) for one in command] == there
+        return runner.read_rows(runner.rows_file(theirs, part))[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "run_part", run_once)
+        code = tool.main(["--dry-run", "--folder", str(folder), "--minutes", "60"])
     return folder, code
 
 

@@ -245,7 +245,10 @@ def test_a_picture_of_a_part_says_so(tool: ModuleType, tmp_path: Path) -> None:
     """Catches the seconds of the first micro-batches that read as those of the whole step."""
     picture = tmp_path / "step.svg"
     draw = sys.modules["plan_parts.on_cluster"]._draw
-    for sequences, words in ((48, " s for 6 of 24 micro-batches; "), (12, " s in all; ")):
+    for sequences, part in ((48, "6 of 24"), (12, "all 6")):
+        words = (
+            f" s for {part} micro-batches of tensor=1,pipeline=2,stages=1,micro=1,recompute=none; "
+        )
         keys = ["model.num_layers=8", f"batch.global_sequences={sequences}"]
         config = load_config(K2, [*keys, "parallel.pipeline=2", "parallel.tensor=1"])
         question = Question(config, load_cluster("a100-80gb"), 4)

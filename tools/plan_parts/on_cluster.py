@@ -151,7 +151,8 @@ def _draw(question: Question, one: Ranked, file: str) -> None:
     shown = count if count <= STEADY_ROUNDS * p else STEADY_ROUNDS * p
     programs = programs_of(work.kind, p, shown, work.layout.stages_per_rank)
     spans = simulate(programs, lambda action: durations(action.stage, action.op))
-    scope = "in all" if shown == count else f"for {shown} of {count} micro-batches"
+    part = f"all {count}" if shown == count else f"{shown} of {count}"
+    scope = f"for {part} micro-batches of {one.candidate.choice.text()}"
     try:
         write_synced(Path(file), svg(spans, scope=scope))
     except OSError as problem:

@@ -309,8 +309,8 @@ def choose_formulas(
 def choose_compile(value: str, traits: DeviceTraits) -> bool:
     """Whether regions are compiled; `auto` means with a GPU and Triton.
 
-    On a CPU the fused kernels are about as fast in fp32 (`docs/performance.md`), without a start
-    that compiles.
+    On a CPU the fused kernels are about as fast in fp32 (`docs/where_time_goes.md`), and no start
+    has to compile.
 
     Raises ConfigError without a compiler.
     """
