@@ -754,7 +754,8 @@ def attributes_read() -> frozenset[str]:
                 if isinstance(node, ast.Assign) and len(node.targets) == 1:
                     pairs = [(node.targets[0], node.value)]
                     if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                        pairs = list(zip(node.targets[0].elts, node.value.elts, strict=True))
+                        # A starred one takes several, or none.
+                        pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
                     for target, value in pairs:
                         if isinstance(target, ast.Name) and isinstance(value, ast.Attribute):
                             short[target.id] = value.attr
