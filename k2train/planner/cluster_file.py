@@ -177,7 +177,8 @@ def _orphans(file: ClusterFile, numbers: Sequence[str], path: str) -> list[str]:
     for key in file.sources:
         if any(f"{number}.".startswith(f"{key}.") for number in numbers):
             continue
-        section, name, *_ = (*key.split("."), "")
+        section, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
         if section == "links" and name and name not in file.links and not _like_a_link(name, file):
             found.append(
                 f"{path}: links.{name}: missing, and sources names it; add it, with devices, "
