@@ -146,9 +146,12 @@ class AtomicFile:
 
     `mark` separates the temporary files of two processes that write the same file at once. A device
     or a pipe (`/dev/null`, `/dev/stdout`) is written as it is: a file of its name would replace it.
+    Raises IsADirectoryError for a path that only a folder can have.
     """
 
     def __init__(self, path: Path, mark: str = "") -> None:
+        if path.name in ("", ".."):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         self.path = path
         self.temporary = path.with_name(f"{path.name}{mark}.tmp")
         self.streams = is_stream(path)
@@ -180,8 +183,6 @@ def write_synced(path: Path, text: str) -> None:
 
     Raises IsADirectoryError for a path that only a folder can have.
     """
-    if path.name in ("", ".."):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with AtomicFile(path) as stream:
         stream.write(text.encode())
 

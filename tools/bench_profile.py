@@ -109,6 +109,9 @@ def read_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the figures here too")
     given = parser.parse_args(list(arguments))
 
+    if given.json is not None and (given.json.is_dir() or not given.json.parent.is_dir()):
+        parser.error(f"--json {given.json}: must be a file in a folder that exists")
+
     unclear = [pair for pair in given.kernel if "=" not in pair]
     if unclear:
         parser.error(f"--kernel {unclear[0]}: must be KEY=VALUE, as in --kernel recompute=full")

@@ -1200,6 +1200,27 @@ MUTATIONS = (
         "tests/evaluation/test_contamination_report.py::test_scores_of_other_weights_are_left_out",
     ),
     Mutation(
+        "auto: a processor without AVX-512 multiplies as one with it",
+        "k2train/model/kernels/processor_library.py",
+        """    if "avx2" in flags and "avx512f" not in flags:""",
+        """    if "avx" in flags and "avx2" not in flags:""",
+        "tests/model/kernels/test_processor_library.py::test_auto_is_by_the_processor",
+    ),
+    Mutation(
+        "plan: gradients of context-parallel ranks go between neighbours alone",
+        "k2train/plan/context_traffic.py",
+        "cluster.send_seconds(WIDE * both, (n - 1) * stride, links)",
+        "cluster.send_seconds(WIDE * both, stride, links)",
+        "tests/plan/test_context_traffic.py::test_gradients_wait_for_the_hop_between_nodes",
+    ),
+    Mutation(
+        "watchdog: two dumps set each other's end by the kernel",
+        "k2train/watchdog/own_heartbeat.py",
+        "        with _TIMER:\n            before",
+        "        if True:\n            before",
+        "tests/watchdog/test_watchdog.py::test_two_dumps_at_once_leave_no_alarm_behind",
+    ),
+    Mutation(
         "OpenBLAS: a weight gradient overwrites the sum of the micro-batches before",
         "k2train/model/kernels/openblas.py",
         "self._into(into, dy.t(), x, 1.0)",

@@ -60,7 +60,8 @@ def exchanges_of(
     found = (Exchange(gathered, 1 / n),)
     if not backward:
         return found
-    sent = cluster.send_seconds(WIDE * both, stride, links)
+    # All ranks of the ring wait for its slowest hop: the one between nodes, where it spans two.
+    sent = cluster.send_seconds(WIDE * both, (n - 1) * stride, links)
     return (*found, Exchange((n - 1) * sent, (n - 1) / n), Exchange(sent, 0.0))
 
 

@@ -200,8 +200,7 @@ def explain_lines(question: Question, one: Ranked) -> list[str]:
     sure = interval(space.workload(one.candidate.choice), space.cluster)
     lines = [
         f"{one.candidate.choice.text()} on {space.devices:,} {space.cluster.device.name}: "
-        f"{step.seconds:.3f} s a step, {seconds_text(sure.low)} to {seconds_text(sure.high)} s in "
-        "nine of ten cases" + ("" if sure.calibrated else f" ({_doubt(question)})")
+        f"{step.seconds:.3f} s a step, {_interval_text(question, sure)}"
     ]
     for name, seconds in step.terms.items():
         if seconds > LEAST_SECONDS:
@@ -250,8 +249,8 @@ def why_not_lines(question: Question, best: Ranked, other: Ranked) -> list[str]:
     """Compare two layouts, term by term; say if the other one does not fit."""
     space = question.space
     lines = [
-        f"best  {best.candidate.choice.text()}: {_sure_seconds(space, best)}",
-        f"other {other.candidate.choice.text()}: {_sure_seconds(space, other)}, "
+        f"best  {best.candidate.choice.text()}: {_sure_seconds(question, best)}",
+        f"other {other.candidate.choice.text()}: {_sure_seconds(question, other)}, "
         f"{other.seconds / best.seconds - 1:+.1%}",
     ]
     problem = memory_problem(space, other.candidate.memory)
@@ -275,11 +274,17 @@ def why_not_lines(question: Question, best: Ranked, other: Ranked) -> list[str]:
     ]
 
 
-def _sure_seconds(space: Space, one: Ranked) -> str:
+def _sure_seconds(question: Question, one: Ranked) -> str:
     """Seconds of a step with their interval, as `--explain` has them."""
+    space = question.space
     sure = interval(space.workload(one.candidate.choice), space.cluster)
-    low, high = seconds_text(sure.low), seconds_text(sure.high)
-    return f"{one.seconds:.3f} s, {low} to {high} s in nine of ten cases"
+    return f"{one.seconds:.3f} s, {_interval_text(question, sure)}"
+
+
+def _interval_text(question: Question, sure: Interval) -> str:
+    """An interval, and why it may be wrong where nothing was measured."""
+    doubt = "" if sure.calibrated else f" ({_doubt(question)})"
+    return f"{seconds_text(sure.low)} to {seconds_text(sure.high)} s in nine of ten cases{doubt}"
 
 
 def _difference(name: str, first: float, second: float, digits: int) -> list[str]:

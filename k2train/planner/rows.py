@@ -36,7 +36,8 @@ OPTIONAL = (
     *("ffn", "kv_heads", "vocab", "mlp", "tied", "tp", "pp", "vpp", "cp", "dp", "n_gpus"),
     *("mbs", "gbs", "sp", "recompute", "zero", "schedule", "precision", "attn", "loss", "overlap"),
     *("grad_dtype", "gather_dtype", "gather_in_place", "weight_bytes", "optimizer_bytes"),
-    *("offload_layers", "notes", "source", "row_id", "published_step_s"),
+    *("offload_layers", "cp_exchange", "keeps"),
+    *("notes", "source", "row_id", "published_step_s"),
 )
 """Columns that are read where they are there."""
 PRECISIONS = ("nvfp4", "mxfp8", "fp8", "bf16", "fp16", "fp32")

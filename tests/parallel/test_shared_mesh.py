@@ -12,8 +12,9 @@ from k2train.parallel import shared_memory
 from k2train.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from k2train.parallel.grid import Axis
 from k2train.parallel.param_gather import gather_shards
-from k2train.parallel.shared_mesh import SIZES as SIZES_OF_A_MESH
 from k2train.parallel.shared_mesh import SharedMesh, connect_mesh
+from k2train.plan.transfer_memory import MESH_SIZES as SIZES_OF_A_MESH
+from tests.support.forkserver import PATIENCE_SECONDS
 from tests.support.gloo_pool import GlooPool
 from tests.support.shared_memory import (
     CPU,
@@ -25,8 +26,8 @@ from tests.support.shared_memory import (
     silent_after,
 )
 
-STUCK_SECONDS = 20
-"""Longest wait for another rank in these tests, where all ranks exchange at the same time."""
+STUCK_SECONDS = int(PATIENCE_SECONDS / 2)
+"""Longest wait for another rank in these tests: less than the job is waited for."""
 
 
 def mesh_of(launch: Launch) -> SharedMesh | None:

@@ -39,6 +39,14 @@ def test_torch_gathers_what_was_repeated_for_all_heads() -> None:
     assert last == (pytest.approx(4 * BLOCK / RATE), 0.0)
 
 
+def test_gradients_wait_for_the_hop_between_nodes() -> None:
+    """Catches a ring that crosses nodes at the rate of two neighbours in a node."""
+    links = (Link("nvlink", 2, RATE, 0.0), Link("network", 0, RATE / 9, 0.0))
+    crossing = Cluster("c", DEVICE, links)
+    *_, last = exchanges_of(TORCH, crossing, LINKS, True)
+    assert last.seconds == pytest.approx(9 * 4 * BLOCK / RATE)
+
+
 def test_merged_blocks_are_counted_in_both_passes() -> None:
     """Catches a merge of the first block, which is there, and gradients of the output alone."""
     assert merged_bytes(TORCH, False) == 3 * 10 * BLOCK / 2

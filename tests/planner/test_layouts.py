@@ -9,6 +9,7 @@ import pytest
 from k2train.config.load import load_config
 from k2train.errors import ConfigError
 from k2train.plan.search import Choice, fits, search
+from k2train.planner import layout_text
 from k2train.planner.cluster_file import load_cluster
 from k2train.planner.layout_text import (
     as_json,
@@ -109,6 +110,17 @@ def test_texts_show_the_same_numbers(question: Question) -> None:
     (matmul,) = (line for line in why_not_lines(question, slightly, more) if "matmul" in line)
     assert matmul.endswith("+0.000")
     assert "goodput" in goodput_lines(question, best[0].seconds)[0]
+
+
+def test_a_guess_is_called_one(question: Question, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches nine of ten cases of a device that was never measured, in one of the two texts."""
+    sure = layout_text.interval
+    monkeypatch.setattr(
+        layout_text, "interval", lambda *given: replace(sure(*given), calibrated=False)
+    )
+    (best,) = search(question.space).best(1)
+    lines = why_not_lines(question, best, best)[:2] + explain_lines(question, best)[:1]
+    assert all("in nine of ten cases (this kind of device was never" in line for line in lines)
 
 
 def test_a_table_says_what_to_do_with_it(question: Question) -> None:

@@ -138,6 +138,8 @@ def test_the_share_of_products_is_of_their_own_time() -> None:
         (["--kernel", "recompute"], "must be KEY=VALUE"),
         (["--kernel", "recompute=some"], "recompute"),
         (["--threads", "many"], "--threads"),
+        (["--json", "."], "--json .: must be a file in a folder that exists"),
+        (["--json", "nowhere/f.json"], "--json nowhere/f.json: must be a file in a folder"),
     ],
 )
 def test_a_mistake_is_one_line(

@@ -23,6 +23,7 @@ from k2train.parallel.grid import ProcessGrid
 from k2train.record.events import Entry, Event, ProductsMeasured, Resumed, Started, of_kind
 from k2train.record.ledger import Ledger, read_ledger
 from k2train.record.metrics import latest
+from k2train.replay import spot_prompt
 from k2train.replay.begin import Place, begin_of
 from k2train.replay.program import replay_on
 from k2train.replay.recorded_run import RecordedRun
@@ -236,8 +237,15 @@ def test_a_tiny_run_is_autos(base: Path, pool: GlooPool) -> None:
     assert "products" not in manifest_of(tiny / "checkpoints" / "ckpt_002")
 
 
-def replayed_job(launch: Launch, directory: Path) -> tuple[list[str], bool]:
-    threads = torch.get_num_threads()
+def replayed_job(launch: Launch, directory: Path) -> tuple[list[str], bool, list[Any]]:
+    """Lines and verdict of a replay, and the choices that its spot check of the weights took."""
+    threads, before, taken = torch.get_num_threads(), spot_prompt.kernels_of, []
+
+    def kernels_seen(setup: Setup, device: torch.device, choice: Any) -> Any:
+        taken.append({str(shape): name for shape, name in choice.products.items()})
+        return before(setup, device, choice)
+
+    spot_prompt.kernels_of = kernels_seen
     try:
         run, place = RecordedRun.read(directory), Place(1)
         layout = begin_of(run, run.manifest(run.checkpoints[-1]).config, place).layout
@@ -246,19 +254,20 @@ def replayed_job(launch: Launch, directory: Path) -> tuple[list[str], bool]:
             replay_on(grid, run, request, place)
             for request in (Request(chunk=2), Request(prompt=2))
         ]
-        return [line for lines, _ in found for line in lines], all(good for _, good in found)
+        lines = [line for each, _ in found for line in each]
+        return lines, all(good for _, good in found), taken
     finally:
+        spot_prompt.kernels_of = before
         torch.set_num_threads(threads)
 
 
 def test_a_replay_takes_the_recorded_choice(whole: Path, pool: GlooPool) -> None:
     """Catches a replay by the default, which could only compare within rounding."""
-    ((lines, good),) = pool.run(1, replayed_job, whole)
+    ((lines, good, taken),) = pool.run(1, replayed_job, whole)
     text = "\n".join(lines)
     assert good and "5 steps, 6 state roots, to the bit" in text, text
-    if DEFAULT == "torch":
-        # The prompt's products are no measured shapes, and the spot has fewer rows than the run.
-        assert "logits 0 apart" in text, "the forward check takes the checkpoint's"
+    facts = manifest_of(whole / "checkpoints" / "ckpt_002")["products"]
+    assert taken == [facts["products"]], "the forward check takes the checkpoint's"
 
 
 def replayed_choice_job(launch: Launch, events: Sequence[Event]) -> str:

@@ -39,7 +39,7 @@ def is_processor(monkeypatch: pytest.MonkeyPatch, vendor: str, flags: str) -> No
     [
         ("AuthenticAMD", ZEN_4, "onednn"),
         ("AuthenticAMD", ZEN_3, "openblas"),
-        ("AuthenticAMD", "fpu avx", "onednn"),
+        ("AuthenticAMD", "fpu avx", "torch"),
         ("GenuineIntel", ZEN_3, "torch"),
         ("GenuineIntel", ZEN_4, "torch"),
         ("", "", "torch"),

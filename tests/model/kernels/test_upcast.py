@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from k2train.errors import ConfigError
-from k2train.model.kernels.onednn import OneDnnProduct
+from k2train.model.kernels.product_choice import LIBRARIES, product_of
 from k2train.model.kernels.select import DeviceTraits, choose_kernels
 from k2train.model.kernels.upcast import (
     UpcastProduct,
@@ -24,12 +24,12 @@ CPU = torch.device("cpu")
 ROUNDING = 2.0**-8
 
 
-@pytest.mark.parametrize("wide", (Product(), OneDnnProduct()), ids=("torch", "onednn"))
-def test_a_product_is_rounded_once(wide: Product) -> None:
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_product_is_rounded_once(library: str) -> None:
     """Catches sums in bf16, a transposed factor, a lost `out`, a rounded weight gradient."""
     torch.manual_seed(0)
     a, weight, dy = (torch.randn(n, k).bfloat16() for n, k in ((96, 64), (160, 64), (96, 160)))
-    product, room = UpcastProduct(wide), torch.full((98, 160), 7.0).bfloat16()
+    product, room = UpcastProduct(product_of(library)), torch.full((98, 160), 7.0).bfloat16()
 
     exact = a.double() @ weight.double().t()
     terms = a.double().abs() @ weight.double().abs().t()
