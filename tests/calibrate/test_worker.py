@@ -166,8 +166,8 @@ def test_engines_show_their_layers() -> None:
     assert [one["name"] for one in found] == list(ENGINES)
     assert deep["layers"] - shallow["layers"] == 4
     # Four layers more, in processor time: other programs do not matter.
-    assert deep["forward"] > 1.5 * shallow["forward"]
-    assert deep["backward"] > 1.5 * shallow["backward"]
+    assert deep["forward"] > 1.2 * shallow["forward"]
+    assert deep["backward"] > 1.2 * shallow["backward"]
     assert wide["parameters"] > 10 * shallow["parameters"]
     assert large["forward"] > 2 * shallow["forward"]
     assert wide["rest"] > shallow["rest"]

@@ -157,7 +157,9 @@ def test_a_killed_driver_finds_its_jobs_again(outcome: Any) -> None:
     workspace, submitted, code, said, after = outcome
     assert len(submitted) == 3
     assert code == 0, said
-    assert said.count("submitted earlier") == 3
+    # On a busy machine one may have ended before the second driver looks: it takes no time.
+    assert said.count("submitted earlier") + said.count("tasks in 0.0 s") == 3
+    assert "submitted earlier" in said
     assert after == submitted
     assert all_files_complete(workspace, PHASES)
     assert set(start_counts(workspace).values()) == set(finished(workspace).values()) == {1}

@@ -795,7 +795,8 @@ def test_a_step_of_k2s_layers_takes_what_is_planned(recompute: str) -> None:
     """
     full = sizes(False)
     shape, batch = replace(full.k2, num_layers=2), full.k2_batches[0]
-    kernels = {"attention": "flash", "recompute": recompute}
+    # As on a GPU: some CPUs multiply bf16 upcast.
+    kernels = {"attention": "flash", "recompute": recompute, "matmul": "torch"}
 
     with world_of_one(bench_of(io.StringIO())) as grid, FakeTensorMode(), Held() as held:
         engine = engine_of(config_of(shape, batch, 1, kernels, "bf16"), grid, fill=False)

@@ -31,7 +31,12 @@ def count_job(launch: Launch) -> list[tuple[int, ...]]:
 
 
 def counted(launch: Launch, layers: int, microbatches: int) -> HostWork:
-    config = tiny_config(model__num_layers=layers, batch__global_sequences=2 * microbatches)
+    # Calls do not depend on the processor: OpenBLAS, which `auto` may take, is called from Python.
+    config = tiny_config(
+        model__num_layers=layers,
+        batch__global_sequences=2 * microbatches,
+        kernels__matmul="torch",
+    )
     engine = engine_of(config, grid_of(launch, config))
     batch = split(config, global_batch(config, 0))
     engine.train_step(batch, 1e-3)

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple
 import torch
 from numpy.linalg import _umath_linalg
 from torch import Tensor
+from torch.autograd.profiler import record_function
+from torch.nn import Parameter
 
 from k2train.errors import ConfigError
 from k2train.parallel.collective_matmul import Product
@@ -33,6 +35,8 @@ ROW_MAJOR, PLAIN, TRANSPOSED = 101, 111, 112
 """Constants of cblas.h."""
 NAMES = (("scipy_", "64_"), ("", "64_"), ("", ""))
 """Prefix and suffix of the library's functions: numpy's wheels, and builds by others."""
+PROFILED_AS = "openblas::sgemm"
+"""Name of a product in a profile."""
 LEAST_BLOCK = 2**20
 """Multiplications that are worth a thread."""
 
@@ -134,6 +138,13 @@ class OpenBlasProduct(Product):
 
     def _into(self, y: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
         """Write a [n, k] times b [k, m], plus beta y, to y [n, m], and return it."""
+        if not torch.autograd._profiler_enabled():
+            return self._computed(y, a, b, beta)
+        # It is no operation of torch: a profile would call it Python.
+        with record_function(PROFILED_AS):
+            return self._computed(y, a, b, beta)
+
+    def _computed(self, y: Tensor, a: Tensor, b: Tensor, beta: float) -> Tensor:
         # What OpenBLAS takes for an error, it says itself, and goes on.
         assert a.shape[1] == b.shape[0] and y.shape == (a.shape[0], b.shape[1]), (
             f"{[*a.shape]} times {[*b.shape]} is not {[*y.shape]}"
@@ -182,7 +193,9 @@ def _run_blocks(parallel: Any, run: Callable[[int], None], parts: int) -> None:
 
 
 def _fits(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+    # Other classes may have no memory: a FakeTensor says that it is a CPU's, at address 0.
+    plain = type(x) is Tensor or type(x) is Parameter
+    return plain and x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
 
 
 def _is_plain(y: Tensor) -> bool:

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from k2train.errors import ConfigError
 from k2train.model.kernels import openblas
 from k2train.model.kernels.openblas import (
+    PROFILED_AS,
     OpenBlasProduct,
     find_openblas,
     find_parallel,
@@ -192,3 +195,21 @@ def test_a_numpy_without_openblas_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     """Catches another library's gemm that is called with OpenBLAS' sizes of integers."""
     monkeypatch.setattr(ctypes, "CDLL", lambda path: object())
     assert find_openblas.__wrapped__() is None
+
+
+def test_tensors_without_memory_are_torchs() -> None:
+    """Catches address 0 handed to OpenBLAS: the process ends by SIGSEGV."""
+    product = openblas_product(CPU, torch.float32)
+    with FakeTensorMode():
+        a, weight, dy = torch.empty(96, 64), torch.empty(160, 64), torch.empty(96, 160)
+        assert product.multiply(a, weight.t(), gradient=False).shape == (96, 160)
+        assert product.multiply(dy, weight, gradient=True).shape == (96, 64)
+        product.add_weight_gradient(torch.empty(160, 64), dy, a)
+
+
+def test_a_profile_names_the_products() -> None:
+    """Catches products that a profile calls Python."""
+    product = openblas_product(CPU, torch.float32)
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        product.multiply(torch.ones(96, 64), torch.ones(64, 160), gradient=False)
+    assert PROFILED_AS in {event.name for event in recorded.events()}

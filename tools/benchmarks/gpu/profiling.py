@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from k2train.data.loader import MicroBatch
-from k2train.model.kernels.openblas import OpenBlasProduct
+from k2train.model.kernels.openblas import PROFILED_AS
 from k2train.parallel.shared_channel import Receipt, SharedChannel
 from k2train.parallel.shared_pair import SharedPair
 
@@ -33,6 +33,7 @@ PRODUCTS = (
     "aten::mkldnn_linear",
     "mkldnn::_linear",
     "aten::linear",
+    PROFILED_AS,
 )
 COPIES = (
     "aten::copy_",
@@ -53,8 +54,6 @@ FILLS = (
 )
 COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_c10d_functional")
 OPTIMIZER = ("aten::_fused_adamw_", "aten::_foreach_norm", "aten::linalg_vector_norm")
-OWN_TIME = ("scope::communication", "scope::products")
-"""Scopes that take time besides the operations in them."""
 WARM_UP_STEPS = 3
 TOP = 20
 """Kernels that a profile names."""
@@ -133,9 +132,8 @@ def _put(owner: Any, attribute: str, value: Any) -> None:
 
 def engine_parts(engine: Any) -> list[tuple[str, Any, str]]:
     """The parts of a k2train engine that a table names."""
-    # A wait for a collective, and OpenBLAS, are called from Python, where no operation is seen.
+    # A wait for a collective happens in Python, where no operation is seen.
     parts = [("communication", dist.Work, "wait"), ("communication", SharedPair, "exchange")]
-    parts.append(("products", OpenBlasProduct, "_into"))
     parts += [("communication", SharedChannel, "send"), ("communication", Receipt, "wait")]
     parts.append(("optimizer", engine.optimizer, "step"))
     parts += [("gradients", engine.gradients, name) for name in ("zero", "reduce")]
@@ -287,11 +285,13 @@ def by_category(host: Sequence[Any], cuda: bool) -> dict[str, float]:
 
     for event in host:
         # The own time of a scope, of a function of ours or of autograd's machinery is Python; that
-        # of waiting, and of products that are no operations, is not.
+        # of waiting is not.
         python = event.name.startswith((STEP, "scope::", "autograd::")) or (
             not cuda and "::" not in event.name
         )
-        if (python and event.name not in OWN_TIME) or (not cuda and event.thread not in threads):
+        if (python and event.name != "scope::communication") or (
+            not cuda and event.thread not in threads
+        ):
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
         seconds[sorter.category(event)] += spent / 1e6
