@@ -165,7 +165,10 @@ def test_engines_show_their_layers() -> None:
         torch.set_num_threads(threads)
     assert [one["name"] for one in found] == list(ENGINES)
     assert deep["layers"] - shallow["layers"] == 4
-    # Four layers more, in processor time: other programs do not matter.
+    # Four layers more, in processor time. Quiet, it is 1.8 to 2.1 forward and 3.4 to 3.9 backward;
+    # beside other programs caches are colder, and the shorter part was seen at 1.4.
+    both = [one["forward"] + one["backward"] for one in (shallow, deep)]
+    assert both[1] > 1.5 * both[0]
     assert deep["forward"] > 1.2 * shallow["forward"]
     assert deep["backward"] > 1.2 * shallow["backward"]
     assert wide["parameters"] > 10 * shallow["parameters"]
