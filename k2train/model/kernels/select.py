@@ -250,10 +250,8 @@ def code_versions(
     """Name and version of the optional packages, libraries and compiled code of these kernels."""
     used = (attention, norm, "transformer_engine" if matmul == "fp8" else "")
     packages = sorted({INSTALL[name][0] for name in used if name in INSTALL})
-    by_openblas = matmul == "openblas" or (
-        matmul == "upcast" and fp32_library_of_processor() == "openblas"
-    )
-    library = [str(find_openblas())] if by_openblas else []
+    multiplies = fp32_library_of_processor() if matmul == "upcast" else matmul
+    library = [str(find_openblas())] if multiplies == "openblas" else []
     on_cpu = compiled and traits.device.type == "cpu"
     code = [f"compiled code {COMPILED_VERSION}"] if on_cpu else []
     return code + library + [f"{name} {version_of(name)}" for name in packages]
